@@ -48,7 +48,7 @@ _MAX_TAIL_BYTES = 256 * 1024
 SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _PR_SET_PDEATHSIG = 1
-_GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
+_GUARD = "read _; kill -9 0"
 _libc = ctypes.CDLL(None)
 
 
@@ -166,9 +166,20 @@ def guard_group() -> subprocess.Popen[bytes]:
     # The write end stays open as long as this process lives.
     read_end, _ = os.pipe()
     try:
-        return subprocess.Popen(("sh", "-c", _GUARD), stdin=read_end, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            ("sh", "-c", _GUARD),
+            stdin=read_end,
+            stdout=subprocess.DEVNULL,
+            # Before the shell runs: a ``trap`` of its own would come too late for an early signal.
+            preexec_fn=_ignore_stops,
+        )
     finally:
         os.close(read_end)
+
+
+def _ignore_stops() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def die_with_thread() -> None:
