@@ -58,9 +58,7 @@ class RankIdentity:
 
 
 def draw_engine_id() -> EngineId:
-    """Return 16 random bytes as 32 hex digits. Every rank draws an id at its start; rank 0
-    broadcasts its id, and the other ranks of the TP group adopt that id.
-    """
+    """Return a random id, 32 hex digits. Rank 0 broadcasts its id to the other ranks."""
     return EngineId(secrets.token_hex(16))
 
 

@@ -112,7 +112,6 @@ class LeaseTable:
         return self._past.get(lease_id)
 
     def living(self, lease_id: LeaseId) -> Lease:
-        """Return a lease that has not ended. Raises LeaseError."""
         self.expire()
         if (lease := self._leases.get(lease_id)) is None:
             end = self.how_ended(lease_id) or "never granted, or ended long ago"
@@ -136,7 +135,6 @@ class LeaseTable:
         return lease
 
     def opened(self, lease_id: LeaseId, reader: ReaderId) -> Lease:
-        """Return the lease if the reader has an open pull. Raises LeaseError."""
         lease = self.living(lease_id)
         if reader not in lease.open_readers:
             raise LeaseError(f"reader {reader} has no open pull of request {lease_id}")
@@ -180,11 +178,8 @@ class LeaseTable:
         lease.deadline_at = max(lease.deadline_at, extended_at)
 
     def _end_if_done(self, lease: Lease) -> None:
-        """End the lease if no pull is open and it is cancelled or all its readers are served.
-
-        More pulls than ``num_readers`` may be open: after a failure of the decode engine, another
-        engine pulls the prompt while the first may still read.
-        """
+        # More pulls than ``num_readers`` may be open: after a failure of the decode engine, another
+        # engine pulls the prompt while the first may still read.
         if lease.open_readers:
             return
         if lease.served >= lease.grant.num_readers:
@@ -273,7 +268,6 @@ class PrefillSide:
         return [question.asked_at for question in questions]
 
     def hash_leases(self) -> None:
-        """Start the checksums of new leases; on a CPU, compute them."""
         for lease in self._unhashed:
             if self._hasher is not None:
                 lease.checksums = self._hasher.start(lease.grant.block_ids, slice(None))
@@ -313,17 +307,13 @@ class PrefillSide:
             return self.leases.how_ended(message.lease_id) is None
         return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
-    def _check_engine(self, message: ToPrefillSide) -> None:
-        """Raise LeaseError if the message is for another engine or another incarnation."""
-        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
-        if asked != self._card.engine_id:
-            raise LeaseError(f"this rank belongs to engine_id {self._card.engine_id}, not {asked}")
-
     def _answer(self, question: _Question, message: ToPrefillSide) -> ToDecodeSide | None:
         """Return the answer, or None: PullEnd has no answer, and a Push is answered at its end.
         Raises LeaseError, TransferError.
         """
-        self._check_engine(message)
+        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
+        if asked != self._card.engine_id:
+            raise LeaseError(f"this rank belongs to engine_id {self._card.engine_id}, not {asked}")
         call_id = message.call_id
         match message:
             case Handshake():

@@ -101,7 +101,6 @@ class Peer:
         return list(self._reads.values())
 
     def want(self) -> None:
-        """Start the handshake, unless it is done or under way."""
         if self.state == "idle":
             self._start_handshake()
 
@@ -129,16 +128,14 @@ class Peer:
             self._on_deadline()
 
     def ask(
-        self,
-        build: Callable[[int], ToPrefillSide],
-        on_reply: Callable[[ToDecodeSide], None] | None = None,
+        self, message: ToPrefillSide, on_reply: Callable[[ToDecodeSide], None] | None = None
     ) -> None:
-        """Send ``build(call_id)``; ``on_reply`` gets the answer, if one arrives."""
-        call_id = next(self._call_ids)
+        """Number a message and send it; ``on_reply`` gets the answer, if one arrives."""
+        message.call_id = next(self._call_ids)
         if on_reply is not None:
-            self._calls[call_id] = on_reply
+            self._calls[message.call_id] = on_reply
         assert self.channel is not None
-        self.channel.send(build(call_id))
+        self.channel.send(message)
 
     def read(self, blocks: BlockRead, lease_id: LeaseId, reader: ReaderId) -> Read:
         assert self._connection is not None
@@ -198,21 +195,18 @@ class Peer:
         self._reads[read] = self._setup.clock()
         if (target := read.target) is None:
             return
-        assert self.channel is not None
-        call_id = next(self._call_ids)
-        self._pushed[call_id] = read
-        self.channel.send(
-            Push(
-                call_id=call_id,
-                engine_id=self.entry.engine_id,
-                lease_id=lease_id,
-                reader=reader,
-                block_ids=[list(group) for group in blocks],
-                first_head=heads.start,
-                num_heads=len(heads),
-                target=target,
-            )
+        push = Push(
+            call_id=0,
+            engine_id=self.entry.engine_id,
+            lease_id=lease_id,
+            reader=reader,
+            block_ids=[list(group) for group in blocks],
+            first_head=heads.start,
+            num_heads=len(heads),
+            target=target,
         )
+        self.ask(push)
+        self._pushed[push.call_id] = read
 
     def _start_handshake(self) -> None:
         setup = self._setup
@@ -220,18 +214,16 @@ class Peer:
         self._asked_at = setup.clock()
         self.deadline_at = self._asked_at + setup.settings.handshake_timeout_s
         self.channel = setup.open_channel(self.entry.address.side_channel)
-        self.ask(
-            lambda call_id: Handshake(
-                call_id=call_id,
-                engine_id=setup.identity.engine_id,
-                rank_name=setup.identity.name,
-                incarnation=setup.identity.incarnation,
-                expected_engine_id=self.entry.engine_id,
-                compatibility=setup.compatibility,
-                agent_metadata=setup.connector.agent_metadata(),
-            ),
-            lambda reply: self._guard(lambda: self._on_handshake_reply(reply)),
+        handshake = Handshake(
+            call_id=0,
+            engine_id=setup.identity.engine_id,
+            rank_name=setup.identity.name,
+            incarnation=setup.identity.incarnation,
+            expected_engine_id=self.entry.engine_id,
+            compatibility=setup.compatibility,
+            agent_metadata=setup.connector.agent_metadata(),
         )
+        self.ask(handshake, lambda reply: self._guard(lambda: self._on_handshake_reply(reply)))
 
     def _on_handshake_reply(self, reply: ToDecodeSide) -> None:
         setup, entry, where = self._setup, self.entry, self.entry.address.side_channel
@@ -426,7 +418,6 @@ class PeerTable:
         self.peers.clear()
 
     def all(self) -> list[Peer]:
-        """Return the peers in the registry, and lost peers with pending READs."""
         return [*self.peers.values(), *self._gone]
 
     def advance(self) -> None:

@@ -143,10 +143,8 @@ class Share:
             self._ask_at = dict.fromkeys(self._ask_at, self._setup.clock())
 
     def end(self) -> None:
-        """Start no more READs and send PullEnd. Afterwards, call ``settle`` until ``in_flight`` is
-        False and ``answers_until_at`` is None.
-
-        The caller may reuse the blocks at once, unless a READ is in flight.
+        """Start no more READs and send PullEnd. Then call ``settle`` until ``in_flight`` is False
+        and ``answers_until_at`` is None. The blocks are free unless a READ is in flight.
         """
         self.answers_until_at = self._setup.clock() + self._setup.settings.pull_timeout_s
         self.settle()
@@ -196,16 +194,14 @@ class Share:
         more: dict[str, Any] = {}
         if kind is PullBegin:
             more["num_decode_ranks"] = self._source.num_decode_ranks
-        self.peer.ask(
-            lambda call_id: kind(
-                call_id=call_id,
-                engine_id=remote.engine_id,
-                lease_id=remote.lease_id,
-                reader=self._reader,
-                **more,
-            ),
-            None if asked_at is None else partial(self._on_reply, asked_at),
+        question = kind(
+            call_id=0,
+            engine_id=remote.engine_id,
+            lease_id=remote.lease_id,
+            reader=self._reader,
+            **more,
         )
+        self.peer.ask(question, None if asked_at is None else partial(self._on_reply, asked_at))
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
         """Keep an answer for ``advance``; ignore repeated answers."""
