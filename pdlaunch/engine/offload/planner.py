@@ -92,11 +92,11 @@ class HostTier:
         # A stack, low ids on top, so that a new tier touches little memory.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: dict[int, _HostBlock] = {}
+        # All storing and resident blocks except failed blocks, the least recently used first.
         self._by_key: OrderedDict[BlockKey, int] = OrderedDict()
-        """All storing and resident blocks except failed blocks, the least recently used first."""
         self.num_evicted_blocks = 0
+        # Called with a hash of group 0 and True if it can be found now, False if no longer.
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Called with a hash of group 0 and True if it can be found now, False if no longer."""
 
     @property
     def num_used_blocks(self) -> int:

@@ -4,10 +4,10 @@ loop calls it and never waits.
 ::
 
     store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
-    load    recorded? ──▶ copy, checksums ──▶ equal to the recorded? ──▶ JobFinished
+    load    recorded? ──▶ copy ──▶ checksums equal to the recorded? ──▶ JobFinished
 
-Checksums are xxh3_64 of each (block, KV head). On a CPU, threads hash the host blocks after a store
-or during a load. On a GPU, a kernel hashes the device blocks after a store or a load.
+Checksums are xxh3_64 of each (block, KV head). On a CPU, the direction's thread hashes the host
+blocks after a copy. On a GPU, a kernel hashes the device blocks.
 
 Each direction has a thread. On a CPU, the thread copies. On CUDA, the caller enqueues copies on the
 direction's stream, after the work of the current stream, and the thread waits for their end. The
@@ -20,8 +20,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -33,7 +31,7 @@ from pdlaunch.engine.memory.driver import map_pages, touch_pages
 from pdlaunch.engine.offload.planner import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.machine.cuda_driver import DriverError
-from pdlaunch.machine.host import memory_bytes, usable_cpus
+from pdlaunch.machine.host import memory_bytes
 from pdlaunch.protocol.side_channel import RegionPlace
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import Addresses, merge, pieces_of
@@ -43,8 +41,6 @@ logger = logging.getLogger(__name__)
 PAGE_BYTES = 4096  # Page size of the machine; each host block begins on a page
 # H200, one stream and three: 39 and 46 GB/s for blocks of 64 KiB, 49 and 52 GB/s for 256 KiB
 NUM_BATCH_STREAMS = 3
-# At most half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms.
-MOST_HASH_THREADS = 8
 
 
 def register_pages(address: int, num_bytes: int) -> int:
@@ -146,7 +142,8 @@ def copy_by_engines() -> Copy:
 class CopyQueue:
     """Runs the copies of one direction in order. Its thread calls ``report`` at each end.
 
-    ``blocks``: the KV cache, [num_blocks, block_bytes] uint8. Only one thread may call the methods.
+    ``blocks``: the KV cache, [num_blocks, block_bytes] uint8. ``prove``: called in the thread after
+    a copy, returns the host blocks with wrong bytes. Only one thread may call the methods.
     """
 
     def __init__(
@@ -156,6 +153,7 @@ class CopyQueue:
         host: HostMemory,
         report: Callable[[JobFinished], None],
         copy: Copy = copy_by_thread,
+        prove: Callable[[OffloadJob], list[int]] = lambda _: [],
     ) -> None:
         self._direction = direction
         self._blocks = blocks
@@ -163,8 +161,9 @@ class CopyQueue:
         self._report = report
         self._place = RegionPlace(blocks.data_ptr(), blocks.shape[1], blocks.shape[1])
         self._copy = copy
+        self._prove = prove
         self._stream = torch.cuda.Stream(blocks.device) if blocks.is_cuda else None  # type: ignore[no-untyped-call]
-        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], None]] | None] = (
+        self._ends: queue.SimpleQueue[tuple[OffloadJob, Callable[[], None]] | None] = (
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
@@ -172,11 +171,8 @@ class CopyQueue:
 
     def submit(self, job: OffloadJob) -> None:
         """Queue a copy. Never raises: a failure is reported at the end."""
-        if self._stream is None:
-            end: Callable[[], None] = partial(self._copy_all, job)
-        else:
-            end = self._enqueue(job, self._stream)
-        self._ends.put((job.job_id, len(job.block_ids) * self._blocks.shape[1], end))
+        end = partial(self._copy_all, job)
+        self._ends.put((job, end if self._stream is None else self._enqueue(job, self._stream)))
 
     def close(self, timeout_s: float) -> bool:
         """End the thread after all queued copies; False: a copy still uses the host memory."""
@@ -186,14 +182,17 @@ class CopyQueue:
 
     def _run(self) -> None:
         while (item := self._ends.get()) is not None:
-            job_id, num_bytes, end = item
+            (job, end), num_bytes, error = item, 0, ""
+            wrong: list[int] = []
             try:
                 end()
-                report = JobFinished(job_id, True, num_bytes=num_bytes)
-            except Exception as error:
+                num_bytes = len(job.block_ids) * self._blocks.shape[1]
+                if wrong := self._prove(job):
+                    error = f"checksums of host blocks {wrong} have changed since they were stored"
+            except Exception as failure:
                 # Report any error, because the blocks must not be used.
-                report = JobFinished(job_id, False, f"{type(error).__name__}: {error}")
-            self._report(report)
+                error = f"{type(failure).__name__}: {failure}"
+            self._report(JobFinished(job.job_id, not error, error, wrong, num_bytes))
 
     def _copy_all(self, job: OffloadJob) -> None:
         ours, theirs = (
@@ -228,19 +227,6 @@ class CopyQueue:
             end.synchronize()
 
         return wait
-
-
-Digests = list[tuple[int, ...]]  # for each block, a checksum for each KV head of the rank
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A running job. It ends when the copy has ended and all checksums are computed."""
-
-    job: OffloadJob
-    copied: JobFinished | None = None
-    # Their results, joined in this order, are the digests of the job's blocks.
-    hashing: list[Future[Digests]] = field(default_factory=list)
 
 
 class OffloadWorker:
@@ -279,47 +265,44 @@ class OffloadWorker:
         copy = copy_by_engines() if blocks.is_cuda else copy_by_thread
         self.host = HostMemory(self.num_blocks, layout.block_bytes, pin=blocks.is_cuda)
         self._copies = {
-            direction: CopyQueue(direction, blocks, self.host, self._report, copy)
+            direction: CopyQueue(direction, blocks, self.host, self._report, copy, self._prove)
             for direction in DIRECTIONS
         }
-        self._num_threads = max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
-        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="offload-hash")
         self._device_hasher = device_hasher
+        self._hasher_lock = threading.Lock()  # both directions use the hasher
+        # Host id -> the block's key, and a checksum for each KV head.
         self._contents: dict[int, tuple[BlockKey, tuple[int, ...]]] = {}
-        """Host id -> the block's key, and a checksum for each KV head."""
-        self._pending: dict[int, _Pending] = {}
         self._reports: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
-        """Ended copies, and refused loads."""
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
         """Start jobs, after the work of the current CUDA stream. The end of each is reported."""
         for job in jobs:
-            self._start(job)
+            if job.direction == "store":
+                for host_id in job.host_ids:
+                    # While the copy writes, the block has neither its old nor its new content.
+                    self._contents.pop(host_id, None)
+            unknown = [
+                host_id
+                for host_id, key in zip(job.host_ids, job.keys, strict=True)
+                if job.direction == "load" and self._contents.get(host_id, (None,))[0] != key
+            ]
+            if unknown:
+                error = f"host blocks {unknown} do not hold the expected content"
+                self._report(JobFinished(job.job_id, False, error, unknown))
+            else:
+                self._copies[job.direction].submit(job)
 
     def take_finished(self) -> list[JobFinished]:
         """Return the jobs that have ended since the last call."""
         finished: list[JobFinished] = []
         while not self._reports.empty():
-            report = self._reports.get()
-            pending = self._pending.get(report.job_id)
-            if pending is None:  # a refused load
-                finished.append(report)
-                continue
-            pending.copied = report
-            if report.ok and not pending.hashing:
-                self._hash(pending)
-        for pending in list(self._pending.values()):
-            if pending.copied is not None and all(future.done() for future in pending.hashing):
-                del self._pending[pending.job.job_id]
-                finished.append(self._finish(pending, pending.copied))
+            finished.append(self._reports.get())
         return finished
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Wait for all queued copies, then unpin. After ``timeout_s``, leave the memory pinned."""
         ends = [copies.close(timeout_s) for copies in self._copies.values()]
-        ended = all(ends)
-        self._threads.shutdown(wait=ended, cancel_futures=True)
-        if ended:
+        if all(ends):
             self.host.close()
         else:
             logger.warning("offload copies did not end within %g s", timeout_s)
@@ -328,58 +311,22 @@ class OffloadWorker:
         self._reports.put(report)
         self._wake()
 
-    def _start(self, job: OffloadJob) -> None:
-        if job.direction == "store":
-            for host_id in job.host_ids:
-                # While the copy writes, the block has neither its old content nor its new content.
-                self._contents.pop(host_id, None)
-        unknown = [
-            host_id
-            for host_id, key in zip(job.host_ids, job.keys, strict=True)
-            if job.direction == "load" and self._contents.get(host_id, (None,))[0] != key
-        ]
-        if unknown:
-            error = f"host blocks {unknown} do not hold the expected content"
-            self._report(JobFinished(job.job_id, False, error, unknown))
-            return
-        pending = self._pending[job.job_id] = _Pending(job)
-        self._copies[job.direction].submit(job)
-        if job.direction == "load" and self._device_hasher is None:
-            self._hash(pending)
-
-    def _hash(self, pending: _Pending) -> None:
-        job = pending.job
-        if self._device_hasher is not None:
-            checksums = self._device_hasher.start([job.block_ids], slice(None))
-            pending.hashing = [
-                self._threads.submit(lambda: list(map(tuple, checksums.result().tolist())))
-            ]
+    def _prove(self, job: OffloadJob) -> list[int]:
+        """Keep the checksums of stored blocks, or return the loaded blocks that have others. Runs
+        in the thread of the job's direction.
+        """
+        if self._device_hasher is None:
+            # The bytes of each head are contiguous within a block.
+            blocks = (self.host.block(each).view(-1, self._head_bytes) for each in job.host_ids)
+            found = [tuple(map(xxhash.xxh3_64_intdigest, block.numpy())) for block in blocks]
         else:
-            size = -(-len(job.host_ids) // self._num_threads)
-            pending.hashing = [
-                self._threads.submit(self._hash_host, job.host_ids[start : start + size])
-                for start in range(0, len(job.host_ids), size)
-            ]
-        for future in pending.hashing:
-            future.add_done_callback(lambda _future: self._wake())
-
-    def _hash_host(self, host_ids: Sequence[int]) -> Digests:
-        # The bytes of each head are contiguous within a block.
-        blocks = (self.host.block(host_id).view(-1, self._head_bytes) for host_id in host_ids)
-        return [tuple(map(xxhash.xxh3_64_intdigest, block.numpy())) for block in blocks]
-
-    def _finish(self, pending: _Pending, copied: JobFinished) -> JobFinished:
-        if not copied.ok:
-            return copied
-        job, found = pending.job, [each for future in pending.hashing for each in future.result()]
+            with self._hasher_lock:
+                checksums = self._device_hasher.start([job.block_ids], slice(None))
+            found = list(map(tuple, checksums.result().tolist()))
         contents = dict(zip(job.host_ids, zip(job.keys, found, strict=True), strict=True))
         if job.direction == "store":
             self._contents |= contents
-            return copied
-        wrong = [
+            return []
+        return [
             host_id for host_id, content in contents.items() if self._contents[host_id] != content
         ]
-        if not wrong:
-            return copied
-        error = f"checksums of host blocks {wrong} have changed since they were stored"
-        return replace(copied, ok=False, error=error, failed_host_ids=wrong)
