@@ -44,7 +44,8 @@ class RankSleeper:
         self._announce = announce
         self._peers_timeout_s = peers_timeout_s
         self._clock = clock
-        self._work: Generator[None, None, SleepReport] | None = None
+        self._report: SleepReport | None = None  # sent once peers have shaken hands
+        self._peers_until_at = 0.0  # 0: this rank waits for no peers
 
     @property
     def sleeping_tags(self) -> list[str]:
@@ -52,32 +53,30 @@ class RankSleeper:
 
     @property
     def is_busy(self) -> bool:
-        return self._work is not None
+        return self._report is not None
 
     def begin(self, message: SleepRank | WakeRank) -> None:
-        self._work = self._obey(message)
-
-    def advance(self) -> SleepReport | None:
-        if self._work is None:
-            return None
-        try:
-            next(self._work)
-        except StopIteration as end:
-            self._work = None
-            report: SleepReport = end.value
-            return report
-        return None
-
-    def _obey(self, message: SleepRank | WakeRank) -> Generator[None, None, SleepReport]:
-        num_bytes, error = 0, None
+        num_bytes, error, self._peers_until_at = 0, None, 0.0
         try:
             if isinstance(message, SleepRank):
                 num_bytes = self._sleep(message.level)
             else:
-                num_bytes = yield from self._wake_up(message.tags)
+                num_bytes = self._wake_up(message.tags)
         except (MemoryPoolError, ConfigError) as found:
             error = str(found)
-        return SleepReport(num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=error)
+        self._report = SleepReport(
+            num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=error
+        )
+
+    def advance(self) -> SleepReport | None:
+        """Return the report of the last message, once all peers have shaken hands or time is up."""
+        if self._peers_until_at and not self._transfer.connected:
+            if self._clock() < self._peers_until_at:
+                return None
+            logger.warning("after waking up, some peers did not shake hands in time")
+        self._peers_until_at = 0.0
+        report, self._report = self._report, None
+        return report
 
     def _sleep(self, level: int) -> int:
         """Disconnect peers, then free the memory. After a MemoryPoolError, the rank is awake."""
@@ -101,20 +100,13 @@ class RankSleeper:
             self._reconnect()
             raise
 
-    def _wake_up(self, tags: list[str]) -> Generator[None, None, int]:
-        """Allocate the memory again and accept peers. Wait until all have shaken hands, or time is
-        up. Raises MemoryPoolError or ConfigError.
-        """
+    def _wake_up(self, tags: list[str]) -> int:
+        """Allocate the memory again and accept peers. Raises MemoryPoolError or ConfigError."""
         was_asleep = bool(self._memory.sleeping_tags)
         num_bytes = self._memory.wake_up(tags)
         if was_asleep and not self._memory.sleeping_tags:
             self._reconnect()
-            deadline_at = self._clock() + self._peers_timeout_s
-            while not self._transfer.connected:
-                if self._clock() >= deadline_at:
-                    logger.warning("after waking up, some peers did not shake hands in time")
-                    break
-                yield
+            self._peers_until_at = self._clock() + self._peers_timeout_s
         return num_bytes
 
     def _reconnect(self) -> None:
@@ -144,8 +136,7 @@ class SleepCoordinator:
         self._clock = clock
         self._work: Generator[None, None, None] | None = None
         self._reports: list[SleepReport] = []
-        self.computes = True
-        """Requests may be scheduled, because no memory is asleep."""
+        self.computes = True  # requests may be scheduled, because no memory is asleep
 
     @property
     def sleeping_tags(self) -> list[str]:
