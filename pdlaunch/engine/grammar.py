@@ -38,8 +38,8 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._compiled: dict[str, Future[LLMatcher]] = {}
         self._num_users: Counter[str] = Counter()
+        # Grammars in ``_compiled`` that no request uses, the last used at the end.
         self._unused: dict[str, None] = {}
-        """Grammars in ``_compiled`` that no request uses, the last used at the end."""
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def take(self, grammar: str) -> Future[LLMatcher]:

@@ -65,12 +65,12 @@ class KVTransfers:
         self._counts = counts
         self._local = engine_id, port
         self._planner = planner
+        # Commands and jobs that have not been sent to the ranks yet, oldest first.
         self.commands: list[TransferCommand] = []
         self.jobs: list[OffloadJob] = []
-        """Commands and jobs that have not been sent to the ranks yet, oldest first."""
         self.leases: dict[LeaseId, list[list[int]]] = {}
+        # Pulls in flight by pull_id, loads in flight by job_id.
         self._incoming: dict[PullId | int, Incoming] = {}
-        """Pulls in flight by pull_id, loads in flight by job_id."""
         self._quarantined: dict[PullId, list[list[int]]] = {}
         self._num_pulls = 0
 
@@ -130,7 +130,7 @@ class KVTransfers:
         return any(
             pull.request is not None
             and pull.request.wants_pull
-            and _source_of(pull.request) == _source_of(request)
+            and pull.request.message.remote_kv == request.message.remote_kv
             for pull in self._incoming.values()
         )
 
@@ -312,13 +312,6 @@ class KVTransfers:
 
     def _stored_ids(self) -> Iterator[int]:
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
-
-
-def _source_of(request: Request) -> tuple[EngineId, LeaseId]:
-    """Return the lease that the request pulls from; it is the same for all choices of a prompt."""
-    remote = request.message.remote_kv
-    assert remote is not None
-    return remote.engine_id, remote.lease_id
 
 
 def _flat(owners: Iterable[list[list[int]]]) -> Iterator[int]:

@@ -112,8 +112,8 @@ class Leader:
         self._followers = followers
         tp_size = rank.spec.tensor_parallel_size
         self._reports = RankReports(tp_size)
+        # Steps launched and not collected, oldest first. At most one is left between turns.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
-        """Steps launched and not collected, oldest first. At most one is left between turns."""
         self._record = record
         self._stats_due_at = 0.0
         self._sleep = SleepCoordinator(

@@ -142,16 +142,16 @@ class RequestLifecycle:
         self.queues = RequestQueues()
         self.batch = Batch(spec.max_num_seqs, spec.tensor_parallel_size)
         self.histograms = Histograms()
+        # Totals since the start, by the names of ``COUNTERS``.
         self.counts: defaultdict[str, float] = defaultdict(int)
-        """Totals since the start, by the names of ``COUNTERS``."""
         self.transfers = KVTransfers(self.kv, spec, self.counts, engine_id, port, offload)
         self._prefixes = PrefixChanges()
         note = self._prefixes.note
         self.kv.pool.on_change = lambda found, is_held: note("device", found, is_held=is_held)
         if offload is not None:
             offload.tier.on_change = lambda found, is_held: note("host", found, is_held=is_held)
+        # A waiting request may be able to start now; the scheduler clears this.
         self.may_progress = False
-        """A waiting request may be able to start now; the scheduler clears this."""
         self._outputs: list[Tokens | RequestFinished] = []
         self._grammars, self._wake = grammars, wake
         self._model_digest = model_digest

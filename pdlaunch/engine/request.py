@@ -73,60 +73,50 @@ class Request:
         prefix_keys: PrefixKeys,
     ) -> None:
         self.message = message
+        # Its place in the queues, lower priorities first; kept through preemption.
         self.order = (message.priority, arrival)
-        """Its place in the queues, lower priorities first; kept through preemption."""
+        # Limit of output tokens: max_tokens, or what max_model_len leaves.
         self.output_limit = output_limit
-        """Limit of output tokens: max_tokens, or what max_model_len leaves."""
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.phase = Phase.WAITING
         self.num_computed = 0
-        self.num_in_flight = 0
-        """Tokens after the computed ones that the steps in flight compute."""
-        self.num_unknown = 0
-        """Output tokens that the steps in flight draw."""
+        self.num_in_flight = 0  # tokens after the computed ones that the steps in flight compute
+        self.num_unknown = 0  # output tokens that the steps in flight draw
+        # Prompt tokens cached, loaded or pulled instead of computed; None until this is known.
         self.num_cached_tokens: int | None = None
-        """Prompt tokens cached, loaded or pulled instead of computed; None until this is known."""
-        self.num_host_tokens = 0
-        self.num_remote_tokens = 0
-        """Prompt tokens that came from host memory by a load, and from another engine by a pull."""
+        # Prompt tokens that came from host memory by a load, and from another engine by a pull.
+        self.num_host_tokens = self.num_remote_tokens = 0
         self.tables = tables
         self.hasher = hasher
         self.prefix_keys = prefix_keys
-        self.num_registered_blocks = 0
-        """Logical blocks that are registered in the prefix cache."""
+        self.num_registered_blocks = 0  # logical blocks that are registered in the prefix cache
         self.row: int | None = None
+        # Logical blocks that were sent to the ranks; None if the row was not sent yet.
         self.num_sent_blocks: int | None = None
-        """Logical blocks that were sent to the ranks; None if the row was not sent yet."""
+        # The prefill side still counts this request as a reader of its lease.
         self.wants_pull = message.remote_kv is not None
-        """The prefill side still counts this request as a reader of its lease."""
+        # False once a load has ended, even if it failed; True again after a preemption.
         self.may_load = True
-        """False once a load has ended, even if it failed; True again after a preemption."""
+        # Id of the pull or load that the request waits for.
         self.incoming: PullId | int | None = None
-        """Id of the pull or load that the request waits for."""
+        # The grammar, perhaps still compiling; given back when row and blocks are freed.
         self.grammar: Future[LLMatcher] | None = None
-        """The grammar, perhaps still compiling; given back when row and blocks are freed."""
         wants_scores = message.sampling.num_prompt_logprobs is not None
+        # The prompt's tokens from the second on, with log-probabilities; None: not requested,
+        # or already sent.
         self.scored: list[TokenOutput] | None = [] if wants_scores else None
-        """The prompt's tokens from the second on, with log-probabilities; None: not requested,
-        or already sent.
-        """
+        # The request may have killed a rank; False once a step here has drawn a token for it.
         self.is_suspect = message.is_suspect
-        """The request may have killed a rank; False once a step here has drawn a token for it."""
+        # queue │ lease │ pull │ queue │ prefill │ decode
+        #       └─ the ranks' READs and proofs ─┘
         self.spans = SpanLog() if message.records_spans else None
-        """The waits and computations of the request::
-
-            queue │ lease │ pull │ queue │ prefill │ decode
-                  └─ the ranks' READs and proofs ─┘
-        """
+        # When the request last began to wait or to run; only used for spans.
         self.phase_at = 0.0 if self.spans is None else self.spans.start_at
-        """When the request last began to wait or to run; only used for spans."""
-        # Instants, for the histograms.
-        self.arrived_at = 0.0
+        # Instants, for the histograms: arrival, first step, first and latest token drawn here.
+        self.arrived_at = self.last_at = 0.0
         self.started_at: float | None = None
         self.first_at: float | None = None
-        self.last_at = 0.0
-        """When its first and its latest token was drawn here."""
         self.num_drawn = 0
 
     @property
@@ -315,10 +305,9 @@ class Batch:
 
     def __init__(self, max_num_seqs: int, tp_size: int) -> None:
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self.freed_rows: list[int] = []
-        """Rows that the next plan reports to the ranks as free."""
+        self.freed_rows: list[int] = []  # rows that the next plan reports to the ranks as free
+        # Plans in flight that compute something, with their requests; at most two.
         self.steps: deque[tuple[StepPlan, list[Request]]] = deque()
-        """Plans in flight that compute something, with their requests; at most two."""
         self._shares_tokens = tp_size > 1
         self._sampled: list[Request] = []
         self._step_id = 0

@@ -30,12 +30,10 @@ MOST_TEMPERATURE = 1e30
 NUCLEUS_GUESS_TOKENS = 256
 # Number of logits that a CPU samples at once: temporaries in its cache are four times as fast
 CPU_SLICE_LOGITS = 256 * 1024
+# Tokens of a group. A draw chooses a group of neighbours first, then a token in it. Noise for each
+# token of the vocabulary would cost 13 times as much. A change of this number changes draws, and
+# engines of different versions must draw the same.
 GROUP_TOKENS = 256
-"""Tokens of a group. A draw chooses a group of neighbours first, then a token in it. Noise for each
-token of the vocabulary would cost 13 times as much.
-
-A change of this number changes draws, and engines of different versions must draw the same.
-"""
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
 NO_TOKEN = -1  # stands for the token of a row with a NaN
 _FLOAT32 = torch.finfo(torch.float32)
@@ -52,10 +50,9 @@ class DrawnTokens:
         ``num_tops``: ``num_top_logprobs`` or ``num_prompt_logprobs`` of each row.
         """
         self._vocab_size = logits.shape[-1]
+        # [num_rows], input of the next step, which may be launched before the host sees NO_TOKEN:
+        # so all ids are in the vocabulary, and the host drops the results of rows without a token.
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
-        """[num_rows], input of the next step, which may be launched before the host sees NO_TOKEN.
-        Therefore all ids are in the vocabulary; the host drops the results of rows without a token.
-        """
         self._num_tops = {index: num for index, num in enumerate(num_tops) if num is not None}
         told = _logprobs(logits, self.token_ids, self._num_tops) if self._num_tops else []
         self._copy = Download([drawn, *told], drawn.device)

@@ -30,10 +30,8 @@ class _Draft:
     """Collects the next step: the number of tokens of each request."""
 
     def __init__(self, budget: int) -> None:
-        self.budget = budget
-        """Tokens that may still be added."""
-        self.prompt_budget = budget
-        """Tokens of prompts that may still be added, within ``budget``."""
+        self.budget = budget  # tokens that may still be added
+        self.prompt_budget = budget  # tokens of prompts that may still be added, within ``budget``
         self.scored_budget = MAX_SCORED_TOKENS
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
@@ -73,8 +71,8 @@ class Scheduler:
         self._block_size = requests.spec.block_size
         self._max_num_batched_tokens = requests.spec.max_num_batched_tokens
         self._max_beside_streams = max_beside_streams
+        # No running request can go on before copies to host memory release blocks.
         self._stalls = False
-        """No running request can go on before copies to host memory release blocks."""
 
     def schedule(self) -> StepPlan:
         assert not self._batch.steps

@@ -48,8 +48,8 @@ class BlockPool:
         self._quarantined: set[int] = set()
         self._keys: list[tuple[int, bytes] | None] = [None] * num_blocks
         self._by_hash: list[dict[bytes, int]] = [{} for _ in range(num_groups)]
+        # Called with a hash of group 0 and True if it can be found now, False if no longer.
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Called with a hash of group 0 and True if it can be found now, False if no longer."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -206,14 +206,11 @@ class BlockTables:
     __slots__ = ("block_ids", "end", "first", "next_release")
 
     def __init__(self, num_groups: int) -> None:
-        self.first = [0] * num_groups
-        """Logical index of the first block, by group."""
-        self.end = 0
-        """Logical index after the last block of each group."""
+        self.first = [0] * num_groups  # logical index of the first block, by group
+        self.end = 0  # logical index after the last block of each group
+        # The blocks [first, end), by group.
         self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
-        """The blocks [first, end), by group."""
-        self.next_release = 0
-        """Number of computed tokens at which another block leaves its window."""
+        self.next_release = 0  # number of computed tokens at which another block leaves its window
 
     def append(self, first: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
         """Append blocks at logical index ``first[group]``; an empty group may begin anywhere."""

@@ -61,8 +61,8 @@ class PrefixChanges:
     """
 
     def __init__(self) -> None:
+        # Block hash -> key, of the blocks that are being registered.
         self.names: Mapping[bytes, int] = {}
-        """Block hash -> key, of the blocks that are being registered."""
         self._held: dict[Tier, dict[bytes, int]] = {tier: {} for tier in TIERS}
         self._changes: dict[Tier, dict[int, bool]] = {tier: {} for tier in TIERS}
 

@@ -151,6 +151,7 @@ class TritonAttention(AttentionBackend):
             for slot, layer in enumerate(group.layers)
         }
         padded_dim = max(MIN_DOT, triton.next_power_of_2(layout.head_dim))
+        # Arguments for all kernels that read or write the KV cache.
         self.cache_shape = {
             "block_stride": kv_cache.stride(0),
             "head_stride": kv_cache.stride(1),
@@ -158,7 +159,6 @@ class TritonAttention(AttentionBackend):
             "HEAD_DIM": layout.head_dim,
             "PADDED_DIM": padded_dim,
         }
-        """Arguments for all kernels that read or write the KV cache."""
         # Number of queries of a program, and number of positions that it reads at a time.
         is_large = padded_dim * layout.dtype_bytes > 256
         self.chunk_tokens, self.chunk_tile = (16, 32) if is_large else (64, 64)
@@ -167,8 +167,8 @@ class TritonAttention(AttentionBackend):
             and kv_cache.dtype in (torch.float16, torch.bfloat16)
             and layout.head_dim % 8 == 0
         )
+        # Torch's varlen attention; None if it does not support this dtype or head size.
         self.flash: Callable[..., torch.Tensor] | None = None
-        """Torch's varlen attention; None if it does not support this dtype or head size."""
         if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM:
             self.flash = varlen_flash()
         self._has_cudnn = (

@@ -58,10 +58,8 @@ class TextStream:
         self._emitted = 0
         self._num_tokens = 0
         self._held = ""
-        self.num_chars = 0
-        """Characters of all tokens so far, including those held back."""
-        self.stop_string: str | None = None
-        """The stop string that was found; the choice is over."""
+        self.num_chars = 0  # characters of all tokens so far, including those held back
+        self.stop_string: str | None = None  # the stop string that was found; the choice is over
 
     def push(self, token_id: int) -> str:
         """Return the text to emit after one more token."""

@@ -203,8 +203,8 @@ class EngineService:
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )
+        # The requests whose leases were given to callers, by HopId and by LeaseId.
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
-        """The requests whose leases were given to callers, by HopId and by LeaseId."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.kv_feed = KVFeed()
         self.loaded: ServedModel | None = None

@@ -204,8 +204,8 @@ class AnswerWriter:
         self._generation = generation
         self._tokenizer = model.tokenizer
         self._clock = clock
+        # Spans to send after the answer, if the caller wants them.
         self._spans = call.spans if call.wants_spans else None
-        """Spans to send after the answer, if the caller wants them."""
         self._is_chat = isinstance(generation.request, ChatCompletionRequest)
         self._head: dict[str, Any] = {
             "id": f"{'chatcmpl-' if self._is_chat else 'cmpl-'}{call.hop_id}",

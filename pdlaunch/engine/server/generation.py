@@ -86,14 +86,14 @@ class Generation:
         self._running: dict[RequestId, Choice] = {}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._remote_kv: RemoteKV | None = None
+        # Output of known tokens, which the client gets before any event of rank 0.
         self._known: list[Delta] = []
-        """Output of known tokens, which the client gets before any event of rank 0."""
 
         transfer = request.kv_transfer()
         known, sent = _known(request, transfer)
         self.is_remote_prefill = transfer.do_remote_decode
+        # The client has the beginning of the answer, such as role and prompt ids, already.
         self.continues = known is not None and sent
-        """The client has the beginning of the answer, such as role and prompt ids, already."""
         _check(request, transfer, known, model, len(prompts), has_peers=has_peers)
         seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
         unique_id = f"{call.hop_id}-{secrets.token_hex(4)}"

@@ -194,8 +194,8 @@ class ServerProcess:
         self._spec: EngineSpec = supervised.bootstrap.engine()
         self._service = EngineService(self._spec, CollectorRegistry())
         self._service.sleep.announce = supervised.send
+        # Incarnation and endpoint of the rank 0 that the link leads to.
         self._rank: tuple[int, str] | None = None
-        """Incarnation and endpoint of the rank 0 that the link leads to."""
 
     async def run(self) -> None:
         """Serve until Stop or a signal. Raises PdlaunchError when the start fails."""
