@@ -44,8 +44,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull
 from pdlaunch.transfer.connectors.connector import new_connector
-from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
-from pdlaunch.transfer.sides import native_setup
+from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id, native_setup
 from pdlaunch.transfer.thread import TransferThread
 
 LEASE_S = 600.0

@@ -99,7 +99,7 @@ _PRINT_READS = {"UCX_PROTO_INFO": "*memory read*"}
 class NixlSettings(ConnectorSettings):
     """Connects all ranks through NIXL, and ranks of one host also through mapped memory."""
 
-    factory = "pdlaunch.transfer.connectors.paths:new_connector"
+    factory = "pdlaunch.transfer.connectors.nixl:new_connector"
 
     path: KVPath = Field(
         "auto",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pdlaunch.engine.device_copies import upload, upload_array
 from pdlaunch.engine.models.attention import BoolArray
+from pdlaunch.engine.models.step_inputs import upload, upload_array
 from pdlaunch.engine.rows import Row
 
 if TYPE_CHECKING:

@@ -36,10 +36,9 @@ from pdlaunch.protocol.process.bootstrap import (
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.connectors.connector import NoConnector, new_connector
-from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
+from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id, native_setup
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import native_regions
-from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import struct
 import numpy as np
 import torch
 
-from pdlaunch.engine.device_copies import Download, upload, upload_array
+from pdlaunch.engine.models.step_inputs import Download, upload, upload_array
 from pdlaunch.engine.rows import Row
 from pdlaunch.protocol.kv_params import TokenOutput
 

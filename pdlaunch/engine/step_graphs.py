@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pdlaunch.engine.device_copies import upload_array
 from pdlaunch.engine.models.attention import Decoder, PackedBatch, ReportProgress
-from pdlaunch.engine.models.step_inputs import GraphInputs
+from pdlaunch.engine.models.step_inputs import GraphInputs, upload_array
 from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 

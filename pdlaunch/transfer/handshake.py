@@ -1,5 +1,5 @@
-"""Checks that two ranks are compatible before one reads the other's blocks, and maps the ranks of
-a decode engine to the prefill ranks that hold their KV heads.
+"""Describes a rank to its peers, checks that two ranks are compatible before one reads the other's
+blocks, and maps the ranks of a decode engine to the prefill ranks that hold their KV heads.
 
 ::
 
@@ -14,10 +14,12 @@ decode rank reads a replica, one decode rank begins and ends a pull there, to en
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import msgspec
 import torch
@@ -25,7 +27,9 @@ import torch
 from pdlaunch import __version__
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.roles import Role
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.ids import EngineId
@@ -36,10 +40,12 @@ from pdlaunch.protocol.side_channel import (
     HandshakeReply,
     RegionPlace,
 )
+from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
 from pdlaunch.transfer.integrity.checksum import ALGORITHM, KVHasher
+from pdlaunch.transfer.regions import KVRegions, native_regions
 from pdlaunch.transfer.side_channel import DecodeSocket
 
 LAYOUT = "block, head, layer, kv, token, dim"
@@ -243,6 +249,57 @@ def is_source(
     except HandshakeError:
         return True
     return any(source.tp_rank == prefill.tp_rank for source in sources)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSetup:
+    """Holds the settings, memory and callbacks for the transfers of one rank."""
+
+    identity: RankIdentity
+    role: Role
+    settings: KVTransferSettings
+    compatibility: Compatibility
+    kv: KVRegions  # must outlive the last READ of the process
+    kv_memory: KVMemory  # allocates the KV cache and the scratch
+    first_kv_head: int
+    connector: Connector
+    context: SecureContext
+    # The transfer thread calls this when it has events for the step loop, and when it dies.
+    wake: Callable[[], None]
+    # Sends reports about this rank's pairs to the supervisor.
+    report: Callable[[ToSupervisor], None]
+    clock: Callable[[], float] = time.monotonic
+    host: str = "127.0.0.1"  # address that the side channel listens on
+
+
+def native_setup(
+    spec: EngineSpec,
+    identity: RankIdentity,
+    kv_cache: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    connector: Connector,
+    model_digest: str,
+    total_kv_heads: int,
+    **more: Any,
+) -> TransferSetup:
+    """Return the set-up of a native engine's rank; ``kv_cache``: see ``native_regions``."""
+    return TransferSetup(
+        identity=identity,
+        role=spec.role,
+        settings=spec.kv_transfer,
+        compatibility=compatibility_of(
+            spec,
+            layout,
+            kv_cache.dtype,
+            model_digest=model_digest,
+            total_kv_heads=total_kv_heads,
+            connector=connector.name,
+        ),
+        kv=native_regions(kv_cache, layout),
+        connector=connector,
+        **more,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
-"""Runs the transfers of one rank in a thread. Only this thread uses the connector, the side channel
-and the KV blocks that are leased or pulled.
+"""Runs the transfers of one rank in a thread, whatever the role of its engine: it leases blocks to
+peers and pulls blocks from them. Only this thread uses the connector, the side channel and the KV
+blocks that are leased or pulled.
 
 The step loop submits ``TransferCommand``s and takes ``TransferEvent``s; it never waits for a peer.
 One turn of the thread::
@@ -29,10 +30,16 @@ from pdlaunch.errors import TransferError
 from pdlaunch.machine.host import sleep_precisely
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry
-from pdlaunch.protocol.side_channel import Refused
-from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
-from pdlaunch.transfer.side_channel import PrefillSocket
-from pdlaunch.transfer.sides import TransferSetup, TransferSides
+from pdlaunch.protocol.side_channel import HandshakeReply, Refused
+from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
+from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
+from pdlaunch.transfer.handshake import DecodeSetup, TransferSetup, geometry_of, is_source
+from pdlaunch.transfer.integrity.checksum import KVHasher
+from pdlaunch.transfer.leases import PrefillSide
+from pdlaunch.transfer.peers import PeerTable
+from pdlaunch.transfer.pull import PullTable
+from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,151 @@ LONGEST_SLEEP_S = 60.0
 SHORTEST_SLEEP_S = 0.0001
 # Longest sleep while the thread waits to suspend.
 SUSPENSION_SLEEP_S = 0.01
+# The thread polls READs and device checksums, and sleeps between polls for this share of their age.
+# So the end of a short READ is seen at once, the end of a long READ at most this share late, and a
+# stalled READ costs almost no CPU time.
+SLEEP_SHARE = 1 / 32
+LONGEST_READ_SLEEP_S = 0.05
+
+
+class TransferSides:
+    """Owns the leases, peers and pulls of an awake rank. Only the transfer thread uses it."""
+
+    def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
+        """Open the connector. Raises TransferError."""
+        identity, connector, settings = setup.identity, setup.connector, setup.settings
+        self._setup = setup
+        self._socket = socket
+        self._events: list[TransferEvent] = []
+        self._releases_peers = False
+        scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv.device))
+        # Peers read the pattern to prove the path. The pattern is derived from the agent's name, so
+        # that memory of another rank or an earlier incarnation has another pattern.
+        write_pattern(scratch, connector.agent_name)
+        memory = LocalMemory(setup.kv, scratch, setup.kv_memory)
+        connector.open(memory)
+        hasher = KVHasher(setup.kv) if settings.verify else None
+        card = HandshakeReply(
+            call_id=0,
+            engine_id=identity.engine_id,
+            rank_name=identity.name,
+            incarnation=identity.incarnation,
+            tp_rank=identity.tp_rank,
+            tp_size=identity.tp_size,
+            compatibility=setup.compatibility,
+            geometry=geometry_of(memory, setup.first_kv_head),
+            agent_name=connector.agent_name,
+            agent_metadata=connector.agent_metadata(),
+        )
+        self._prefill = PrefillSide(card, hasher, connector, socket.send, setup.clock)
+        decode_setup = DecodeSetup(
+            identity=identity,
+            compatibility=setup.compatibility,
+            memory=memory,
+            first_kv_head=setup.first_kv_head,
+            connector=connector,
+            hasher=hasher,
+            open_channel=lambda endpoint: DecodeSocket(
+                setup.context, endpoint, watched=connector.pushes
+            ),
+            settings=settings,
+            clock=setup.clock,
+            report=setup.report,
+            emit=self._events.append,
+        )
+        # Decode ranks connect as soon as the registry shows a prefill rank, so that a pair is
+        # proven before it gets traffic.
+        self._peers = PeerTable(decode_setup, eager=setup.role == "decode")
+        self._pulls = PullTable(decode_setup, self._peers)
+
+    def execute(self, command: TransferCommand) -> None:
+        match command:
+            case StartPull():
+                self._pulls.start(command)
+            case CancelPull():
+                self._pulls.cancel(command)
+            case _:
+                self._prefill.execute(command)
+
+    def update_registry(self, entries: Sequence[Entry]) -> None:
+        if not self._releases_peers:
+            self._peers.update(entries)
+
+    def turn(self) -> list[TransferEvent]:
+        """Answer decode ranks, advance peers and pulls, and return the events."""
+        # Answer first: other ranks wait for the answers, while this rank's READs need no help.
+        # Advance peers before pulls, because pulls use the answers that peers receive.
+        self._events += self._prefill.turn(self._socket.receive())
+        self._peers.advance()
+        self._pulls.advance()
+        events = self._events[:]
+        # Clear the list in place: ``decode_setup.emit`` is its ``append``.
+        self._events.clear()
+        return events
+
+    def register(self, poller: zmq.Poller) -> None:
+        for peer in self._peers.all():
+            if peer.channel is not None:
+                poller.register(peer.channel.socket, zmq.POLLIN)
+
+    def sleep_s(self, longest_s: float) -> float:
+        """Return how long the thread may wait for messages; at most ``longest_s``."""
+        now, peers = self._setup.clock(), self._peers.all()
+        due_at = [*self._prefill.leases.deadlines(), *self._pulls.deadlines()]
+        due_at += [peer.deadline_at for peer in peers if peer.deadline_at is not None]
+        # No socket wakes the thread when a READ ends or a device has computed checksums.
+        polled = [*self._prefill.polling_since(), *self._pulls.hashing_since()]
+        polled += [began_at for peer in peers for began_at in peer.reading_since()]
+        if polled:
+            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - max(polled))))
+        return min([longest_s, *(max(0.0, at - now) for at in due_at)])
+
+    @property
+    def is_idle(self) -> bool:
+        """Return True if there is no lease, no pull that owns blocks and no write to a peer."""
+        return self._prefill.is_idle and not self._pulls.hold_blocks
+
+    @property
+    def is_quiet(self) -> bool:
+        """Return True if idle and without peers: nothing uses the memory or can begin to."""
+        return self.is_idle and not self._peers.all()
+
+    @property
+    def has_pending_reads(self) -> bool:
+        """Return True if READs may still write to memory of this rank, even after ``close``."""
+        return any(peer.reading_since() for peer in self._peers.all())
+
+    def is_connected_to(self, entries: Sequence[Entry]) -> bool:
+        setup = self._setup
+        if any(peer.is_connecting for peer in self._peers.peers.values()):
+            return False
+        # Decode ranks start handshakes: a prefill rank checks which decode ranks have sent one.
+        return setup.role == "decode" or self._prefill.known_ranks.issuperset(
+            (entry.name, entry.incarnation)
+            for entry in entries
+            if entry.kind == "rank"
+            and entry.role == "decode"
+            and entry.engine != setup.identity.engine
+            and entry.state == "ready"
+            and is_source(setup.compatibility.num_kv_heads, prefill=setup.identity, decode=entry)
+        )
+
+    def release_peers(self) -> None:
+        """Disconnect all peers and accept no new peers, because the memory will be freed."""
+        self._releases_peers = True
+        self._peers.lose_all("this engine falls asleep")
+
+    def readmit_peers(self, entries: Sequence[Entry]) -> None:
+        """Connect again, because the memory is not freed after all."""
+        self._releases_peers = False
+        self._peers.update(entries)
+
+    def close(self) -> None:
+        """Disconnect the peers and close the connector. Pending READs are abandoned."""
+        # Peers first: their connections can only be closed while the connector is open.
+        for peer in self._peers.all():
+            peer.lose("this rank is closing")
+        self._setup.connector.close()
 
 
 class TransferThread:

@@ -49,9 +49,8 @@ from pdlaunch.protocol.transfer import (
     TransferCommand,
 )
 from pdlaunch.transfer.connectors.connector import new_connector
-from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.handshake import RankIdentity, TransferSetup
 from pdlaunch.transfer.integrity.checksum import algorithm_for
-from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 from pdlaunch.vllm.layout import VllmLayout
 

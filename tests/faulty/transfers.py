@@ -29,7 +29,7 @@ from pdlaunch.transfer.connectors.connector import (
     Read,
     ReadState,
 )
-from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.handshake import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
 

@@ -79,8 +79,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         Read,
         new_connector,
     )
-    from pdlaunch.transfer.handshake import RankIdentity
-    from pdlaunch.transfer.sides import native_setup
+    from pdlaunch.transfer.handshake import RankIdentity, native_setup
     from pdlaunch.transfer.thread import TransferThread
 
     # The fork server may have listed connectors before a test added a package.

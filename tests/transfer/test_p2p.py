@@ -32,8 +32,8 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     pieces_to_read,
 )
+from pdlaunch.transfer.connectors.nixl import PathsConnector
 from pdlaunch.transfer.connectors.p2p import TOKEN_BYTES, FdServer, P2PConnector, fetch_fds
-from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, has_pattern, write_pattern
 from pdlaunch.transfer.handshake import RankIdentity

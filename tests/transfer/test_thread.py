@@ -26,8 +26,7 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
-from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.sides import native_setup
+from pdlaunch.transfer.handshake import RankIdentity, native_setup
 from pdlaunch.transfer.thread import TransferThread
 from tests.e2e.waiting import await_true
 from tests.transfer.fakes import (

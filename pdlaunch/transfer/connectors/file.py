@@ -26,8 +26,13 @@ from safetensors.torch import save_file
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, ReadState
-from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    LocalMemory,
+    PendingRead,
+    PushingConnector,
+    ReadState,
+)
 from pdlaunch.transfer.regions import BlockIds
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,14 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, ReadState
-from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connection,
+    LocalMemory,
+    PendingRead,
+    PushingConnector,
+    ReadState,
+)
 from pdlaunch.transfer.regions import BlockIds, Pieces, even_pieces, merge, pieces_of
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
-"""Moves KV blocks over NIXL with its UCX backend.
+"""Moves KV blocks over NIXL with its UCX backend, over P2P, or over the faster of both.
 
-Each READ lists the addresses of its pieces, after neighbouring pieces are merged.
+Each READ of NIXL lists the addresses of its pieces, after neighbouring pieces are merged.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
 from pdlaunch.machine.ucx_log import ReadTransports, path_over
@@ -30,10 +32,12 @@ from pdlaunch.transfer.connectors.connector import (
     Read,
     ReadState,
     bind_device,
+    decode_metadata,
     memory_kind,
     pieces_of_scratch,
     pieces_to_read,
 )
+from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.regions import Addresses, Pieces, merge
 
 logger = logging.getLogger(__name__)
@@ -263,3 +267,74 @@ def _choose_devices() -> None:
         raise TransferError(str(error)) from None
     if devices:
         os.environ[_DEVICES] = devices
+
+
+# Connector name -> its metadata, and the error if it did not open.
+Offers = dict[str, tuple[bytes, str]]
+
+
+class PathsConnector(Connector):
+    """Joins connectors; the handshake measures their paths to a peer and uses the fastest. At least
+    one must open. A path that does not open, or does not reach a peer, has an error in place of a
+    connection.
+    """
+
+    def __init__(self, connectors: Sequence[Connector]) -> None:
+        """``connectors``: of one rank, the preferred connector last. None of them pushes."""
+        self._connectors = connectors
+        self.name = "+".join(connector.name for connector in connectors)
+        self.path = " or ".join(connector.path for connector in connectors)
+        self.agent_name = connectors[0].agent_name
+        self._offers: Offers = {}
+
+    def open(self, memory: LocalMemory) -> None:
+        self._offers = {}
+        for connector in self._connectors:
+            try:
+                connector.open(memory)
+                self._offers[connector.name] = connector.agent_metadata(), ""
+            except TransferError as error:
+                logger.info("no path %s: %s", connector.path, error)
+                self._offers[connector.name] = b"", str(error)
+        errors = [error for _, error in self._offers.values()]
+        if all(errors):
+            raise TransferError("; ".join(errors))
+
+    def agent_metadata(self) -> bytes:
+        return msgspec.msgpack.encode(self._offers)
+
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
+        offers = decode_metadata(peer, Offers)
+        found: dict[str, Connection | TransferError] = {}
+        # Connectors have the preferred one last, paths have it first.
+        for connector in reversed(self._connectors):
+            _, own_error = self._offers[connector.name]
+            metadata, their_error = offers.get(connector.name, (b"", "the peer does not offer it"))
+            try:
+                if reason := own_error or their_error:
+                    raise TransferError(reason)
+                found |= connector.connect(msgspec.structs.replace(peer, agent_metadata=metadata))
+            except TransferError as failure:
+                # A new exception: the frames in its traceback would keep the connections alive.
+                found[connector.path] = TransferError(str(failure))
+        return found
+
+    def close(self) -> None:
+        for connector in self._connectors:
+            if not self._offers[connector.name][1]:
+                connector.close()
+
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        return all(connector.wait_unmapped(timeout_s) for connector in self._connectors)
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
+    """Make a rank's connector for ``connector: nixl``, with the paths in ``nixl.path``."""
+    match settings.nixl.path:
+        case "nixl":
+            return NixlConnector(name, incarnation)
+        case "p2p":
+            return P2PConnector(name, incarnation)
+        case "auto":
+            nixl, p2p = NixlConnector(name, incarnation), P2PConnector(name, incarnation)
+            return PathsConnector([nixl, p2p])
