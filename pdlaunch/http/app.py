@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -51,37 +52,27 @@ class AppRoute(NamedTuple):
     check_key: KeyCheck | None = None  # None: the check of the application
 
 
+@dataclass(eq=False)
 class HttpApp:
-    """Builds the ``web.Application`` of a process from its table of routes.
+    """Builds the ``web.Application`` of a process from its table of routes."""
 
-    ``check_key``: None if clients need no key; ``open_paths`` never need one. A request for which
-    ``is_trusted`` returns True skips the guard and the key check. ``watch`` is called for each POST
-    of a client, but not for health checks and commands.
-    """
+    routes: Sequence[AppRoute]
+    _: KW_ONLY
+    guard: Guard
+    check_key: KeyCheck | None  # None: clients need no key
+    open_paths: Collection[str] = ()  # these never need one
+    metrics: RequestMetrics
+    max_body_bytes: int
+    # A request for which it returns True skips the guard and the key check.
+    is_trusted: Callable[[web.Request], bool] = lambda _: False
+    watch: Watch | None = None  # called for each POST of a client, except health checks, commands
 
-    def __init__(
-        self,
-        routes: Sequence[AppRoute],
-        *,
-        guard: Guard,
-        check_key: KeyCheck | None,
-        open_paths: Collection[str] = (),
-        metrics: RequestMetrics,
-        max_body_bytes: int,
-        is_trusted: Callable[[web.Request], bool] = lambda _: False,
-        watch: Watch | None = None,
-    ) -> None:
-        self._guard = guard
-        self._watch = watch
-        self._check_key = check_key
-        self._metrics = metrics
-        self._is_trusted = is_trusted
-        self._open_paths = open_paths
+    def __post_init__(self) -> None:
         self._no_route = AppRoute("*", "", self._unknown)
         self.app = web.Application(
-            client_max_size=max_body_bytes, middlewares=[self._catch_unknown]
+            client_max_size=self.max_body_bytes, middlewares=[self._catch_unknown]
         )
-        for route in (*routes, AppRoute("GET", "/version", _version)):
+        for route in (*self.routes, AppRoute("GET", "/version", _version)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too
@@ -96,13 +87,17 @@ class HttpApp:
         return await self._at_the_door(self._no_route, request)
 
     async def _at_the_door(self, route: AppRoute, http: web.Request) -> web.StreamResponse:
-        request_id, id_error = _read_id(http)
+        id_error: RequestError | None = None
+        try:
+            request_id = read_request_id(http.headers.get(REQUEST_ID_HEADER))
+        except RequestError as error:
+            request_id, id_error = read_request_id(None), error
         http[_REQUEST_ID] = request_id
         end: End | None = None
         # Routes of commands have their own key check.
         is_clients = http.method == "POST" and route.check_key is None and route.path != "/ping"
-        if self._watch is not None and is_clients:
-            end = self._watch(http, request_id)
+        if self.watch is not None and is_clients:
+            end = self.watch(http, request_id)
         status = CLIENT_CLOSED_REQUEST
         told: Exception | None = None
         with request_logging(request_id):
@@ -116,18 +111,20 @@ class HttpApp:
                 status = response.status
             except asyncio.CancelledError:
                 # The client has closed its connection, or this process is ending.
-                self._metrics.failed(CLIENT_CLOSED_REQUEST)
+                self.metrics.failed(CLIENT_CLOSED_REQUEST)
                 if not must_end(http):
                     raise
                 response = await _refuse_half_closed(http)
             except ConnectionError:
-                self._metrics.failed(CLIENT_CLOSED_REQUEST)
+                self.metrics.failed(CLIENT_CLOSED_REQUEST)
                 return web.Response(status=CLIENT_CLOSED_REQUEST)
             except Exception as error:
                 response = error_response(error)
                 status, told = response.status, error
-                if self._is_clients_loss(route, http.path, error):
-                    self._metrics.failed(status)
+                # Views, commands, unknown paths and polls during a start do not count.
+                is_counted = route is not self._no_route and not is_poll(error)
+                if is_counted and not http.path.startswith("/pdlaunch/"):
+                    self.metrics.failed(status)
             finally:
                 if end is not None:
                     end(status, told)
@@ -138,18 +135,11 @@ class HttpApp:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response
 
-    def _is_clients_loss(self, route: AppRoute, path: str, error: Exception) -> bool:
-        """Return True if the error counts as a failed request of a client. Views, commands, unknown
-        paths and polls during a start do not count.
-        """
-        is_counted = route is not self._no_route and not path.startswith("/pdlaunch/")
-        return is_counted and not is_poll(error)
-
     def _check(self, route: AppRoute, http: web.Request) -> None:
-        if self._is_trusted(http):
+        if self.is_trusted(http):
             return
-        self._guard.check(http)
-        own = None if http.path in self._open_paths else self._check_key
+        self.guard.check(http)
+        own = None if http.path in self.open_paths else self.check_key
         if (check_key := route.check_key or own) is not None:
             check_key(http)
 
@@ -233,10 +223,3 @@ def health_routes(health: Handler) -> list[AppRoute]:
         AppRoute(method, path, health)
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
     ]
-
-
-def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
-    try:
-        return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
-    except RequestError as error:
-        return read_request_id(None), error

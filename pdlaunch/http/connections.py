@@ -78,8 +78,7 @@ class HttpRunner(web.AppRunner):
 
     @property
     def server(self) -> web.Server | None:
-        """Return the protocol factory that sites call for each accepted connection."""
-        return self._connect  # type: ignore[return-value] # sites only call it
+        return self._connect  # type: ignore[return-value] # sites only call it, to connect
 
     def _connect(self) -> asyncio.BaseProtocol:
         server = super().server
@@ -98,7 +97,7 @@ class HttpRunner(web.AppRunner):
         """Close the connections that have idled longest; return False if none is idle."""
         idle = [connection for connection in self._open if connection.is_idle]
         number = 1 + self._max_connections // _GIVING_WAY
-        for connection in heapq.nsmallest(number, idle, key=_Connection.idle_until_at):
+        for connection in heapq.nsmallest(number, idle, lambda each: each.idle_until_at):
             self._open.discard(connection)
             # Later: a connection that was just accepted may not have its socket yet.
             asyncio.get_running_loop().call_soon(connection.drop)
@@ -106,14 +105,11 @@ class HttpRunner(web.AppRunner):
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
         """End connections whose client reads nothing for ``timeout_s``; inherited by new ones."""
-        if not hasattr(socket, "TCP_USER_TIMEOUT"):
-            return
+        option, timeout_ms = socket.TCP_USER_TIMEOUT, int(timeout_s * 1000)
         for site in self.sites:
             assert isinstance(site._server, asyncio.Server)
             for listener in site._server.sockets:
-                listener.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000)
-                )
+                listener.setsockopt(socket.IPPROTO_TCP, option, timeout_ms)
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept()" not in context.get("message", ""):
@@ -177,16 +173,15 @@ class _Connection(web.RequestHandler):
             return True
         return self._waiter is not None and not self._waiter.done()
 
+    @property
     def idle_until_at(self) -> float:
-        """Return the loop time at which aiohttp would close the idle connection."""
         return self._next_keepalive_close_time
 
     def drop(self) -> None:
         """Close the connection in any state; bytes already written are still sent."""
         self.force_close()
-        below = self.socket_below_tls
         # TLS would wait for the handshake, or for the peer's close_notify.
-        if below is not None and not below.get_write_buffer_size():
+        if (below := self.socket_below_tls) is not None and not below.get_write_buffer_size():
             below.abort()
 
 
@@ -229,10 +224,7 @@ def must_end(http: web.BaseRequest) -> bool:
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:
-    """Return how many connections fit, 1 to ``wanted``, with ``num_each`` descriptors for each.
-
-    Raises StartupError if none fits.
-    """
+    """Return how many connections fit, at most ``wanted``. Raises StartupError if none fits."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return wanted

@@ -29,14 +29,11 @@ _RAW_BODY_BYTES = 1024**2
 
 
 class CallError(Exception):
-    """Raised for a call without a complete answer; the reason quotes no request or answer.
-
-    ``not_received``: the engine cannot have received the request.
-    """
+    """Raised for a call without a complete answer; the reason quotes no request or answer."""
 
     def __init__(self, reason: str, *, not_received: bool = False) -> None:
         super().__init__(reason)
-        self.not_received = not_received
+        self.not_received = not_received  # the engine cannot have received the request
 
 
 class Answer:
@@ -98,10 +95,27 @@ class EngineCalls:
         self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> Answer:
         """Send a request to the engine at ``url``; return its answer once the headers are there.
-
         ``target``: the path and query. Raises CallError.
         """
-        return Answer(await self._request(url, method, target, headers, body))
+        base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
+        try:
+            response = await self._session(url).request(
+                method,
+                URL(base + target, encoded=True),
+                headers=headers,
+                # aiohttp copies a long ``bytes`` body at each write, and warns about it.
+                data=body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body),
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            late = f"no connection within {self._connect_s:g} s"
+            reason = late if isinstance(error, TimeoutError) else f"cannot connect: {error}"
+            raise CallError(reason, not_received=True) from None
+        except (ValueError, aiohttp.InvalidURL) as error:
+            raise CallError(f"the request cannot be sent: {error}", not_received=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _broken(error, "without an answer") from None
+        return Answer(response)
 
     async def ask(
         self,
@@ -114,10 +128,7 @@ class EngineCalls:
         timeout_s: float | None,
         max_bytes: int,
     ) -> tuple[int, bytes, str]:
-        """Return status, body and content type of a complete answer.
-
-        Raises CallError, also if the body exceeds ``max_bytes``.
-        """
+        """Return status, body and content type of a complete answer. Raises CallError."""
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self.call(url, method, target, headers, body)
@@ -129,29 +140,6 @@ class EngineCalls:
         except TimeoutError:
             raise CallError(f"no answer within {timeout_s:g} s") from None
 
-    async def _request(
-        self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
-    ) -> aiohttp.ClientResponse:
-        base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
-        try:
-            return await self._session(url).request(
-                method,
-                URL(base + target, encoded=True),
-                headers=headers,
-                # aiohttp copies a long ``bytes`` body at each write, and warns about it.
-                data=body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body),
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            is_late = isinstance(error, TimeoutError)
-            late = f"no connection within {self._connect_s:g} s"
-            reason = late if is_late else f"cannot connect: {error}"
-            raise CallError(reason, not_received=True) from None
-        except (ValueError, aiohttp.InvalidURL) as error:
-            raise CallError(f"the request cannot be sent: {error}", not_received=True) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise _broken(error, "without an answer") from None
-
     def _session(self, url: str) -> aiohttp.ClientSession:
         path = url.removeprefix(UNIX) if url.startswith(UNIX) else ""
         if (known := self._sessions.get(path)) is not None:
@@ -160,11 +148,8 @@ class EngineCalls:
         if path:
             connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
         else:
-            connector = aiohttp.TCPConnector(
-                limit=0,
-                keepalive_timeout=KEEPALIVE_S,
-                ssl=self._tls or True,
-            )
+            tls = self._tls or True
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=tls)
         session = self._sessions[path] = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),

@@ -40,6 +40,11 @@ class RelayedError(PdlaunchError):
         self.headers = headers
 
 
+def unavailable(message: str, code: str, retry_after_s: int = RETRY_AFTER_S) -> OverloadedError:
+    """Return an error with status 503."""
+    return OverloadedError(message, status=503, retry_after_s=retry_after_s, code=code)
+
+
 def is_poll(error: BaseException | None) -> bool:
     """Return True if the error refuses a request because the launch is still starting."""
     return isinstance(error, RequestError) and error.code == STARTING
@@ -106,12 +111,8 @@ def json_response(
 
 def model_not_found(given: str, served: str) -> RequestError:
     """Return the error for a model name that is not served."""
-    return RequestError(
-        f"the model {given[:100]!r} does not exist; served here: {served!r}",
-        param="model",
-        status=404,
-        code="model_not_found",
-    )
+    message = f"the model {given[:100]!r} does not exist; served here: {served!r}"
+    return RequestError(message, param="model", status=404, code="model_not_found")
 
 
 def _explained(error: BaseException) -> RequestError:

@@ -52,7 +52,7 @@ def headers_to_pass(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
-    """Return the value of ``ORIGIN_HEADER``. ``origin`` must be from 1 to 2^63 - 1."""
+    """Return the value of ``ORIGIN_HEADER``."""
     return f"{origin};suspect" if is_suspect else str(origin)
 
 

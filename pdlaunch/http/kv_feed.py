@@ -26,10 +26,9 @@ _LENGTH_BYTES = 4
 
 
 class KVFeed:
-    """Holds the prefixes of one engine and streams them. For use in the event loop only."""
+    """Holds the prefixes of one engine, by data parallel rank, and streams them."""
 
     def __init__(self, num_ranks: int = 1) -> None:
-        """``num_ranks``: data parallel ranks of the engine."""
         self._ranks = [HeldBlocks(rank) for rank in range(num_ranks)]
         # Capacity of each rank's cache in vLLM, whose events lack it; 0: unknown, or native
         self.num_tokens = 0

@@ -82,9 +82,8 @@ class Supervised:
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         listens: bool = True,
     ) -> None:
-        """Send the address of this process, and heartbeats from then on.
-
-        ``engine_id``: id of a vLLM engine. A further call replaces the registration.
+        """Send the address of this process, and heartbeats from then on. A further call replaces
+        the registration. ``engine_id``: id of a vLLM engine.
         """
         self.send(
             control.Register(
@@ -103,7 +102,6 @@ class Supervised:
         self._is_registered = True
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Run ``work`` in a task; ``close`` cancels it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -117,10 +115,7 @@ class Supervised:
 
 
 def run_supervised(serve: Callable[[Supervised], Awaitable[None]]) -> int:
-    """Read the bootstrap from standard input and serve; return the exit code, 1 after a failure.
-
-    ``serve`` returns after Stop. If it raises an error, the supervisor gets Failed with its text.
-    """
+    """Read the bootstrap from standard input and serve until Stop; return the exit code."""
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
     code = asyncio.run(_run(bootstrap, serve))

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.errors import RETRY_AFTER_S
+from pdlaunch.http.errors import unavailable
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
@@ -47,10 +48,8 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self, size: int = 1) -> Iterator[Grow]:
-        """Hold ``size`` places while the block runs, one for each choice; yield ``grow``.
-
-        Raises OverloadedError (503 while draining, 429 when full), or RequestError when the request
-        alone exceeds the limit.
+        """Hold ``size`` places while the block runs, one for each choice; yield ``grow``. Raises
+        OverloadedError (503, 429), or RequestError if the request alone exceeds the limit.
         """
         held = 0
 
@@ -82,7 +81,6 @@ class Admission:
                 self._idle.set()
 
     def check_open(self) -> None:
-        """Raise OverloadedError (503) while the process drains."""
         if self.is_draining:
             raise self._shutting_down()
 
@@ -133,14 +131,14 @@ class Interrupts:
             raise reason() from error
 
 
+@dataclass(eq=False, slots=True)
 class Deadlines:
     """Starts the deadlines of requests; ``close`` ends all requests."""
 
-    def __init__(self, limit_s: float, shutting_down: ShuttingDown) -> None:
-        self._limit_s = limit_s
-        self._shutting_down = shutting_down
-        self._interrupts = Interrupts()
-        self._is_closed = False
+    limit_s: float
+    shutting_down: ShuttingDown
+    _interrupts: Interrupts = field(default_factory=Interrupts)
+    _is_closed: bool = False
 
     def close(self) -> None:
         """End running requests and refuse later ones. May be called twice."""
@@ -149,26 +147,23 @@ class Deadlines:
 
     def start(self) -> Deadline:
         """Start the deadline of one request now; its phases run under it one after another."""
-        end_at = asyncio.get_running_loop().time() + self._limit_s
+        end_at = asyncio.get_running_loop().time() + self.limit_s
 
         def deadline() -> contextlib.AbstractAsyncContextManager[None]:
             if self._is_closed:
-                raise self._shutting_down()
+                raise self.shutting_down()
             return self._interrupts.guard(end_at, self._reason)
 
         return deadline
 
     def _reason(self) -> OverloadedError:
         if self._is_closed:
-            return self._shutting_down()
-        return OverloadedError(
-            f"the request was not answered within {self._limit_s:g} s",
-            status=503,
-            retry_after_s=RETRY_AFTER_S,
-            code="request_timeout",
-        )
+            return self.shutting_down()
+        message = f"the request was not answered within {self.limit_s:g} s"
+        return unavailable(message, "request_timeout")
 
 
+@dataclass(eq=False, slots=True)
 class BodyBudget:
     """Limits the bytes of request bodies that a process holds.
 
@@ -177,22 +172,29 @@ class BodyBudget:
     the client knows better whether to try again.
     """
 
-    def __init__(self, max_bytes: int, max_body_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.max_body_bytes = max_body_bytes
-        self.held_bytes = 0
+    max_bytes: int
+    max_body_bytes: int
+    held_bytes: int = 0
 
     @contextlib.asynccontextmanager
     async def read(self, http: web.Request) -> AsyncIterator[bytes]:
-        """Read a body; its bytes count until the block ends.
-
-        Raises RequestError (400, 408, 413), OverloadedError (503).
-        """
+        """Read a body; its bytes count until the block ends. Raises RequestError."""
         held = 0
 
         def hold(num_bytes: int) -> None:
             nonlocal held
-            self._check_room(num_bytes, held)
+            if num_bytes > self.max_body_bytes:
+                message = f"the body is longer than {self.max_body_bytes} bytes"
+                raise RequestError(message, status=413, code="body_too_large")
+            most = self.max_bytes * (1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE)
+            if num_bytes > held and self.held_bytes + num_bytes - held > most:
+                raise OverloadedError(
+                    f"bodies of requests in flight hold {self.held_bytes} bytes; another one of "
+                    f"{num_bytes} bytes would exceed their limit of {most:.0f}, which follows from "
+                    "limits.max_body_bytes",
+                    status=503,
+                    code="too_many_bytes_in_flight",
+                )
             self.held_bytes += max(0, num_bytes - held)
             held = max(held, num_bytes)
 
@@ -202,23 +204,6 @@ class BodyBudget:
             yield await _read(http, hold)
         finally:
             self.held_bytes -= held
-
-    def _check_room(self, num_bytes: int, held: int) -> None:
-        if num_bytes > self.max_body_bytes:
-            raise RequestError(
-                f"the body is longer than {self.max_body_bytes} bytes",
-                status=413,
-                code="body_too_large",
-            )
-        share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
-        if num_bytes > held and self.held_bytes + num_bytes - held > self.max_bytes * share:
-            raise OverloadedError(
-                f"bodies of requests in flight hold {self.held_bytes} bytes; another one of "
-                f"{num_bytes} bytes would exceed their limit of {self.max_bytes * share:.0f}, "
-                "which follows from limits.max_body_bytes",
-                status=503,
-                code="too_many_bytes_in_flight",
-            )
 
 
 async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
@@ -245,11 +230,8 @@ async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
 
 
 def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
-    """Return the length of the longest body that a router may send to an engine, in bytes.
-
-    The router adds fields to a client's body. To continue an answer at another engine, it adds all
-    tokens so far, for each choice.
-    """
+    """Return the length of the longest body that a router may send to an engine, in bytes."""
+    # To continue an answer at another engine, a router adds all tokens so far, for each choice.
     return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
 
 

@@ -28,36 +28,21 @@ def encode_event(payload: object) -> bytes:
     return b"data: " + _encoder.encode(payload) + b"\n\n"
 
 
-def encode_error(error: BaseException) -> bytes:
-    """Return the event that ends a failed stream; no ``[DONE]`` follows it."""
-    return encode_event(error_payload(error))
-
-
-class _StreamResponse(web.StreamResponse):
-    """Sends its headers together with the first piece of the body.
-
-    aiohttp has no public name for this option, which ``web.Response`` sets, too.
-    """
-
-    _send_headers_immediately = False
-
-
 class ClientStream:
     """Sends the events of one streamed answer; the headers go out with the first event."""
 
     def __init__(self, http: web.BaseRequest, headers: Mapping[str, str]) -> None:
         self._http = http
         self._preparing = asyncio.Lock()
-        self.response = _StreamResponse(headers=_HEADERS | dict(headers))
+        self.response = web.StreamResponse(headers=_HEADERS | dict(headers))
+        # Send them with the first piece of the body. ``web.Response`` has this option public.
+        self.response._send_headers_immediately = False
         http[STREAM] = self
 
     @property
     def has_begun(self) -> bool:
         """Return True if a status was sent to the client, so an error must be an event."""
         return self.response.prepared
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:
         """Send one event, and wait while the client reads too slowly. Raises ConnectionError."""
@@ -72,10 +57,12 @@ class ClientStream:
         await self.response.write_eof(last)
 
     async def fail(self, error: BaseException) -> None:
-        """End the stream with an error event; cut the connection of a client that does not read."""
+        """End the stream with an error event, without ``[DONE]``; cut the connection of a client
+        that does not read.
+        """
         try:
             async with asyncio.timeout(LAST_WORD_S):
-                await self.end(encode_error(error))
+                await self.end(encode_event(error_payload(error)))
         except TimeoutError:
             if self._http.transport is not None:
                 self._http.transport.abort()

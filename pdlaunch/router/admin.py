@@ -80,32 +80,25 @@ class SupervisorLink:
 
         Sets ``question`` and ``expires_at`` of a copy of ``command``. Raises OverloadedError.
         """
-        command = msgspec.structs.replace(
-            command,
-            question=next(self._numbers),
-            expires_at=time.monotonic() + ANSWER_TIMEOUT_S,
-        )
-        answers = self._asked[command.question] = asyncio.Queue()
-        code = "no_answer"
-        message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
+        number, expires_at = next(self._numbers), time.monotonic() + ANSWER_TIMEOUT_S
+        answers = self._asked[number] = asyncio.Queue()
+        late = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s", "no_answer"
         try:
-            self._send(command)
+            self._send(msgspec.structs.replace(command, question=number, expires_at=expires_at))
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 begun = await answers.get()
             if begun.is_done:
                 return begun
-            code = "not_ready"
-            message = f"the command is not done after {CHANGE_TIMEOUT_S:g} s; it goes on"
+            late = f"the command is not done after {CHANGE_TIMEOUT_S:g} s; it goes on", "not_ready"
             async with asyncio.timeout(CHANGE_TIMEOUT_S):
                 ended = await answers.get()
             return msgspec.structs.replace(begun, error=ended.error, is_done=True)
         except TimeoutError:
-            raise OverloadedError(message, status=503, code=code) from None
+            raise _unavailable(*late) from None
         finally:
-            del self._asked[command.question]
+            del self._asked[number]
 
     def answered(self, message: Answered) -> None:
-        """Hand an answer to the call of ``ask`` that waits for it, if any."""
         if (answers := self._asked.get(message.question)) is not None:
             answers.put_nowait(message)
 
@@ -114,8 +107,7 @@ class Admin:
     """Answers the commands of one router."""
 
     def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
-        self._state = state
-        self._supervisor = supervisor
+        self._state, self._pool, self._supervisor = state, state.pool, supervisor
 
     def routes(self) -> list[AppRoute]:
         return [
@@ -150,7 +142,7 @@ class Admin:
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Later requests must find these engines in the registry.
         if not await self._state.find(
-            lambda: all(e.state != "sleeping" for e in self._engines() if e.name in awake),
+            lambda: all(e.state != "sleeping" for e in self._pool.engines if e.name in awake),
             LISTED_TIMEOUT_S,
         ):
             message = "the engines are awake, but not yet in the registry"
@@ -166,9 +158,7 @@ class Admin:
         return _together(outcomes, **{key: all(each.answer.get(key, False) for each in outcomes)})
 
     async def _restart(self, http: web.Request) -> web.Response:
-        """Restart engines one after another, so that the others serve; answer when all are ready.
-        The query may name an engine by one of its processes.
-        """
+        """Restart engines, also named by one of their processes, one after another."""
         names = _engines_named(http)
         return _together([await _outcome(name, self._restart_one(name)) for name in names])
 
@@ -179,7 +169,7 @@ class Admin:
 
         def successor() -> Engine | None:
             """Return the restarted engine once it is ready, drained or given up, else None."""
-            for engine in self._engines():
+            for engine in self._pool.engines:
                 is_new = engine.name == begun.engine and engine.processes[0] > begun.incarnation
                 if is_new and (engine.ready or engine.state in ("failed", "draining")):
                     return engine
@@ -195,11 +185,8 @@ class Admin:
         return {"engine": begun.engine, "incarnation": found.processes[0]}
 
     async def _drain(self, is_drained: bool, http: web.Request) -> web.Response:
-        """Withhold new work from engines, or give them work again.
-
-        A drain is answered when the engines are idle, at the latest after ``timeout_s``.
-        """
-        names, pool = _engines_named(http), self._state.pool
+        """Withhold new work from engines and wait until they are idle, or give them work again."""
+        names, pool = _engines_named(http), self._pool
         try:
             timeout_s = msgspec.convert(http.query.get("timeout_s", "0"), Seconds, strict=False)
         except msgspec.ValidationError:
@@ -218,27 +205,25 @@ class Admin:
         return _together(outcomes)
 
     async def _set_drained(self, name: str, is_drained: bool) -> dict[str, Any]:
-        question = SetDrained(question=0, name=name, is_drained=is_drained)
-        answer = await self._supervisor.ask(question)
+        command = SetDrained(question=0, name=name, is_drained=is_drained)
+        answer = await self._supervisor.ask(command)
         if answer.error:
             raise _refusal(answer.error, answer.code)
         # The supervisor sends the new registry before its answer, so later requests see the change.
         return {"engine": answer.engine, "is_drained": is_drained, "notes": answer.notes}
 
     async def _command(self, kind: type[Command], http: web.Request) -> web.Response:
-        """Pass a command on to the supervisor and answer when it is done.
-
-        A planned change lists the engines that stop, each with its number of running requests.
-        """
+        """Pass a command on to the supervisor and answer when it is done."""
         try:
             asked = msgspec.json.decode(await http.read(), type=dict[str, Any])
             command = msgspec.convert(asked | {"type": kind.__name__, "question": 0}, kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(str(error), code="invalid_change") from None
-        running = {engine.name: engine.num_outstanding for engine in self._engines()}
+        running = {engine.name: engine.num_outstanding for engine in self._pool.engines}
         answer = await self._supervisor.ask(command)
         body = {"dry_run": asked.get("dry_run", False), "notes": answer.notes}
         if answer.change is not None:
+            # How many requests run at the engines that stop, or would stop
             answer.change.stops = {name: running.get(name, 0) for name in answer.change.stops}
             body["change"] = answer.change
         if not answer.error:
@@ -256,48 +241,32 @@ class Admin:
         )
         return web.Response(status=status, body=body, headers={"Content-Type": content_type})
 
-    async def _ask(
-        self,
-        engine: Engine,
-        method: str,
-        path: str,
-        query: Query = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> Outcome:
+    async def _ask(self, engine: Engine, *request: Any, timeout_s: float | None = None) -> Outcome:
         try:
-            status, body, _ = await self._state.client.call(
-                engine, method, path, query, timeout_s=timeout_s
-            )
-            answer = msgspec.json.decode(body, type=dict[str, Any])
+            call = self._state.client.call(engine, *request, timeout_s=timeout_s)
+            status, body, _ = await call
+            return Outcome(engine.name, status, msgspec.json.decode(body, type=dict[str, Any]))
         except (OverloadedError, ValueError, RecursionError) as error:
             failure = _unavailable(str(error), "engine_failed")
             return Outcome(engine.name, failure.status, error_body(failure))
-        return Outcome(engine.name, status, answer)
-
-    def _engines(self) -> Sequence[Engine]:
-        return self._state.pool.engines
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
         """Return the queried engines, or all that have not failed; role ``first`` comes first."""
         names = http.query.getall("engine", [])
-        engines = (
-            self._named(names) if names else [e for e in self._engines() if e.state != "failed"]
-        )
+        others = [engine for engine in self._pool.engines if engine.state != "failed"]
+        engines = self._named(names) if names else others
         return sorted(engines, key=lambda engine: (engine.role != first, engine.name))
 
     def _named(self, names: Iterable[str]) -> list[Engine]:
-        known = {engine.name: engine for engine in self._engines()}
+        known = {engine.name: engine for engine in self._pool.engines}
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
-            raise _refusal(
-                f"there is no engine {unknown[0][:100]}; engines are: {there}", "engine_not_found"
-            )
+            message = f"there is no engine {unknown[0][:100]}; engines are: {there}"
+            raise _refusal(message, "engine_not_found")
         return [known[name] for name in dict.fromkeys(names)]
 
 
 def _engines_named(http: web.Request) -> list[str]:
-    """Return the engine names in the query without duplicates. Raises RequestError if empty."""
     if not (names := http.query.getall("engine", [])):
         raise RequestError("name the engine: engine=NAME", param="engine", code="missing_engine")
     return list(dict.fromkeys(names))
@@ -328,10 +297,7 @@ def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
 
 
 async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Put an engine of vLLM to sleep; return an answer of the form that native engines send.
-
-    ``query``: ``mode`` wait or refuse. Raises RequestError, EngineFailure.
-    """
+    """Put an engine of vLLM to sleep; return an answer of the form that native engines send."""
     options = {"level": "1", "mode": "wait"} | dict(query)
     # After level 2 vLLM wakes up without its weights, and answers nonsense.
     if options["level"] != "1" or options["mode"] not in ("wait", "refuse"):
@@ -352,7 +318,7 @@ async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[
 
 
 async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Wake up an engine of vLLM, or its ``tags``. Returns and raises like ``fall_asleep``."""
+    """Wake up an engine of vLLM, or its ``tags``."""
     is_awake = await _command(state, engine, "/wake_up", query) == "awake"
     if is_awake:
         state.pool.release(engine)
@@ -375,11 +341,8 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
         if not engine.num_works and not is_vllm_busy(Counts(page.decode("utf-8", "replace"))):
             return
         if state.now() >= until_at:
-            raise RequestError(
-                "requests run, or KV blocks are leased; mode=wait waits for them",
-                status=409,
-                code="engine_busy",
-            )
+            message = "requests run, or KV blocks are leased; mode=wait waits for them"
+            raise RequestError(message, status=409, code="engine_busy")
         await asyncio.sleep(IDLE_POLL_S)
 
 
@@ -387,9 +350,8 @@ async def _command(state: RouterState, engine: Engine, path: str, query: Query) 
     """Send vLLM a command; return the answer's ``status``. Raises RequestError, EngineFailure."""
     status, body, _ = await state.client.call(engine, "POST", path, query)
     if status == 404:
-        raise RequestError(
-            "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
-        )
+        message = "this engine cannot sleep: enable_sleep_mode is off"
+        raise RequestError(message, code="sleep_mode_off")
     with contextlib.suppress(ValueError, RecursionError):
         if status == 200:
             return msgspec.json.decode(body, type=dict[str, Any]).get("status")
@@ -399,10 +361,7 @@ async def _command(state: RouterState, engine: Engine, path: str, query: Query) 
 async def listen_at_admin_socket(
     app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0
 ) -> web.AppRunner:
-    """Listen at a Unix socket of mode 0600; the caller cleans the runner up. Raises OSError.
-
-    Commands have their own runner, so clients cannot use up its connections.
-    """
+    """Listen at a Unix socket of mode 0600, so that clients cannot use up its connections."""
     runner = web.AppRunner(
         app,
         handler_cancellation=True,

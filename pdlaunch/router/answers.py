@@ -26,10 +26,7 @@ _HEAD = ("id", "object", "created", "model", "choices")
 
 
 class ClientAnswer:
-    """Numbers and counts the chunks of one request, and streams them or merges them.
-
-    ``stream``: where to send events; None: the client wants one JSON object.
-    """
+    """Numbers and counts the chunks of one request; streams them, or merges them without one."""
 
     def __init__(
         self,
@@ -83,24 +80,19 @@ class ClientAnswer:
             for part in (chunk, *chunk["choices"]):
                 part.pop("prompt_token_ids", None)
                 part.pop("token_ids", None)
-        if self._stream is not None:
-            await self._send(self._stream, transcript, chunk, more_follows=more_follows)
+        if self._stream is None:
+            self._extra |= {name: value for name, value in chunk.items() if name not in _HEAD}
+            for choice in chunk["choices"]:
+                merge(self._choices.setdefault(choice["index"], {}), choice)
             return
-        self._extra |= {name: value for name, value in chunk.items() if name not in _HEAD}
-        for choice in chunk["choices"]:
-            merge(self._choices.setdefault(choice["index"], {}), choice)
-
-    async def _send(
-        self, stream: ClientStream, transcript: Transcript, chunk: Chunk, *, more_follows: bool
-    ) -> None:
         chunk |= self._head
         if not self._sends_ids:
             chunk["choices"] = [one for one in chunk["choices"] if _says_something(one)]
         if self._request.include_usage:
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
         if chunk["choices"]:
-            if not stream.has_begun:
-                stream.add_headers(self._headers())
+            if not self._stream.has_begun:
+                self._stream.response.headers.update(self._headers())
             self._held.append(encode_event(chunk))
         if not more_follows:
             await self.flush()
@@ -128,7 +120,7 @@ class ClientAnswer:
             await self._stream.write(b"".join(held))
 
     async def finish(self, transcripts: Sequence[Transcript]) -> web.StreamResponse:
-        usage = self.record.usage = total_usage(transcripts)
+        usage = self.record.usage = _total_usage(transcripts)
         self._clock.end(usage.completion_tokens)
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)
@@ -153,8 +145,7 @@ class ClientAnswer:
         return headers
 
 
-def total_usage(transcripts: Sequence[Transcript]) -> Usage:
-    """Return the usage of all prompts together."""
+def _total_usage(transcripts: Sequence[Transcript]) -> Usage:
     usages = [transcript.usage() for transcript in transcripts]
     if len(usages) == 1:
         return usages[0]
@@ -179,21 +170,17 @@ def merge(target: dict[str, Any], update: dict[str, Any]) -> None:
         elif isinstance(value, dict) and isinstance(there, dict):
             merge(there, value)
         elif isinstance(value, list) and isinstance(there, list):
-            _merge_lists(there, value)
+            for item in value:
+                index = item.get("index") if isinstance(item, dict) else None
+                same = (old for old in there if index is not None and old.get("index") == index)
+                if (twin := next(same, None)) is None:
+                    there.append(item)
+                else:
+                    merge(twin, item)
         elif isinstance(value, str) and name not in ("role", "finish_reason", "type", "id"):
             target[name] = f"{there}{value}"
         else:
             target[name] = value
-
-
-def _merge_lists(target: list[Any], update: list[Any]) -> None:
-    for item in update:
-        index = item.get("index") if isinstance(item, dict) else None
-        same = (old for old in target if index is not None and old.get("index") == index)
-        if (twin := next(same, None)) is None:
-            target.append(item)
-        else:
-            merge(twin, item)
 
 
 def _as_message(choice: dict[str, Any]) -> dict[str, Any]:

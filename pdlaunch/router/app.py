@@ -28,9 +28,9 @@ from pdlaunch.http.app import (
 )
 from pdlaunch.http.errors import (
     LEAVING_RETRY_AFTER_S,
-    RETRY_AFTER_S,
     error_status,
     json_response,
+    unavailable,
 )
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import (
@@ -63,7 +63,6 @@ from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.metrics import scrape
-from pdlaunch.router.policy import no_engine_ready
 from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import RequestHistory, record_of
 from pdlaunch.router.responses import (
@@ -194,7 +193,7 @@ class RouterApp:
     ) -> web.StreamResponse:
         if withheld := self._state.pool.registry.withheld:
             reason = why_withheld(withheld)
-            raise OverloadedError(reason, status=503, retry_after_s=RETRY_AFTER_S, code=withheld)
+            raise unavailable(reason, withheld)
         # Keep the body until the answer is complete: after a failure another engine gets it.
         async with self._bodies.read(http) as body:
             writer = None
@@ -292,7 +291,7 @@ class RouterApp:
                     except EngineFailure:
                         pool.failed(engine)
                         tried |= {engine.key}
-        raise no_engine_ready("no engine is ready")
+        raise unavailable("no engine is ready", "no_engine_ready")
 
 
 async def _no_embeddings(_: web.Request) -> web.StreamResponse:
@@ -367,9 +366,4 @@ async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 def shutting_down() -> OverloadedError:
     """Return the error for requests that arrive while the router shuts down."""
-    return OverloadedError(
-        "the deployment is shutting down",
-        status=503,
-        retry_after_s=LEAVING_RETRY_AFTER_S,
-        code="draining",
-    )
+    return unavailable("the deployment is shutting down", "draining", LEAVING_RETRY_AFTER_S)

@@ -39,8 +39,6 @@ _Priority = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Endpoint(NamedTuple):
-    """Holds the differences between the two completion APIs."""
-
     path: str
     id_prefix: str
     chunk_object: str
@@ -55,15 +53,11 @@ CHAT = Endpoint(
 
 
 class StreamFields(msgspec.Struct, frozen=True):
-    """Holds the client's ``stream_options``. Engines get the router's own."""
-
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the members of a body that the router acts on."""
-
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamFields | None = None
@@ -106,13 +100,9 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def alone(self) -> str:
-        """Return why two engines of vLLM cannot share the request; empty if they can.
-
-        The first choice that has read a lease ends it. For log probabilities of the prompt, vLLM
-        computes the prompt again.
-        """
+        """Return why two engines of vLLM cannot share the request; empty if they can."""
         body = self.body
-        if self.num_choices > 1:
+        if self.num_choices > 1:  # the first choice that has read a lease ends it
             return "several choices cannot read one lease"
         if body.get("use_beam_search"):
             return "a beam search cannot read a lease"
@@ -121,11 +111,9 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def prefill_body(self, *, knows_whole_request: bool, sends_first_token: bool = True) -> bytes:
-        """Return a body that asks for the first token of each choice and a lease on the blocks.
-
-        ``knows_whole_request``: the engine is native. It accepts fields that contradict
-        ``max_tokens=1``, and needs them to find where the first token's text may end; vLLM refuses.
-        ``sends_first_token``: the client gets prefill's token.
+        """Return a body that asks for the first token of each choice, which the client may get, and
+        a lease on the blocks. ``knows_whole_request``: the engine is native. It accepts fields that
+        contradict ``max_tokens=1``, and needs them to find where the first token's text may end.
         """
         sends_ids = bool(self.body.get("return_token_ids"))
         body = self.body | {
@@ -144,18 +132,14 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(body)
 
     def decode_body(self, extra: dict[str, Any], *, is_whole: bool = False) -> bytes:
-        """Return a body that asks for the rest of the answer, as a stream unless ``is_whole``.
-
-        ``extra`` holds ``kv_transfer_params`` or ``resume``.
-        """
+        """Return a body that asks for the rest of the answer. ``extra``: transfer or ``resume``."""
         stream = {} if is_whole else {"stream": True, "stream_options": {"include_usage": True}}
         own = {"return_token_ids": self.asks_token_ids, **stream, **extra}
         return msgspec.json.encode(self.body | own)
 
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
-        """Raise RequestError if prompt and output exceed a decode engine's limit.
-
-        Prefill cannot check this: it gets ``max_tokens=1`` instead of the client's limit.
+        """Raise RequestError if prompt and output exceed a decode engine's limit, which prefill
+        cannot check: it gets ``max_tokens=1``.
         """
         if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
             raise RequestError(
@@ -167,8 +151,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds a client's request to one of the completion APIs."""
-
     endpoint: Endpoint
     request_id: HttpRequestId
     model: str
@@ -180,10 +162,9 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_output_tokens(self) -> int:
         """Return the maximum tokens of all answers together, estimated if there is no limit."""
-        return sum(
-            each.num_choices * (each.max_tokens or _UNLIMITED_ANSWER_TOKENS)
-            for each in self.prompts
-        )
+        each = self.prompts[0]
+        most = each.num_choices * (each.max_tokens or _UNLIMITED_ANSWER_TOKENS)
+        return most * len(self.prompts)
 
 
 def read_client_request(
@@ -201,9 +182,9 @@ def read_client_request(
 ) -> ClientRequest:
     """Check a client's body and split it into prompts. Raises RequestError.
 
-    Engines get ``headers``. ``is_vllm``: engines may serve models that the router does not know,
-    and get a seed only from the client. ``is_fair``: there are several API keys. The router orders
-    each key's prompts by priority; engines get none, as they would order the prompts of all keys.
+    ``is_vllm``: engines may serve models that the router does not know, and get a seed only from
+    the client. ``is_fair``: the router orders each key's prompts by priority; engines get none, as
+    they would order the prompts of all keys.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)
@@ -272,17 +253,14 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
 
 
 def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
-    """Return the client's limit of output tokens; None: no limit. Raises RequestError.
-
-    ``may_be_none`` allows a limit of 0. The router treats it as 1, so one engine does all the work.
+    """Return the client's limit of output tokens, if any. ``may_be_none`` allows a limit of 0, and
+    the router treats it as 1, so one engine does all the work.
     """
     if fields.max_tokens == 0 and not may_be_none:
         raise _invalid("max_tokens must be 1 or more, or 0 with echo: true", "max_tokens")
     if fields.stream_options is not None and not fields.stream:
         raise _invalid("stream_options needs stream: true", "stream_options")
-    limit = (
-        fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
-    )
+    limit = fields.max_completion_tokens or fields.max_tokens
     if limit is not None and (fields.min_tokens or 0) > limit:
         message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
         raise _invalid(message, "min_tokens")

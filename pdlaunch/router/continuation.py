@@ -13,12 +13,11 @@ with stop strings or log probabilities end with an error: a stop string may span
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import msgspec
 
-from pdlaunch.errors import OverloadedError
-from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.openai.requests import DEFAULT_MAX_TOKENS
 from pdlaunch.router.client_request import PromptRequest
@@ -54,19 +53,6 @@ _KNOWN = {
     *("stream_options", "tool_choice", "truncate_prompt_tokens", "truncation_side"),
 }
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
-
-
-class StreamLostError(OverloadedError):
-    """Ends a stream whose engine has died, because no other engine can continue it."""
-
-    def __init__(self, engine: str, reason: str) -> None:
-        super().__init__(
-            f"engine {engine} was lost in the middle of this answer, and no other engine can "
-            f"continue it ({reason}); send the request again",
-            status=503,
-            retry_after_s=RETRY_AFTER_S,
-            code="stream_lost",
-        )
 
 
 def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabilities) -> str:
@@ -113,11 +99,7 @@ def _has_media(messages: msgspec.Raw | None) -> bool:
 def continue_first_token(
     prompt: PromptRequest, chunk: Chunk, max_model_len: int | None
 ) -> Continuation:
-    """Return the continuation of a prefill engine's token; ``chunk`` has the token.
-
-    Raises LookupError if the answer cannot continue after this token, and TypeError or
-    AttributeError if the chunk does not have the OpenAI form.
-    """
+    """Return the continuation after the token in a prefill engine's chunk. Raises LookupError."""
     (choice,) = chunk["choices"]
     text = choice["text"] if "text" in choice else choice["delta"].get("content")
     prompt_token_ids = choice.get("prompt_token_ids") or chunk.get("prompt_token_ids")
@@ -127,15 +109,9 @@ def continue_first_token(
 
 
 async def begin_continuation(
-    prompt: PromptRequest,
-    transcript: Transcript,
-    detokenize: Detokenize,
-    max_model_len: int | None,
+    prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize, max_model_len: int | None
 ) -> Continuation:
-    """Return the continuation of an answer whose engine has died.
-
-    Raises LookupError, with one of ``LOST_REASONS``, if the answer cannot continue.
-    """
+    """Return the continuation of an answer whose engine has died. Raises LookupError."""
     text, num_tokens = await _find_text(detokenize, transcript)
     if num_tokens < len(transcript.output_token_ids):
         if prompt.body.get("return_token_ids"):
@@ -143,18 +119,15 @@ async def begin_continuation(
         transcript.drop_tokens(num_tokens)
     untold = text[len(transcript.text) :]
     # A copy: the transcript grows while the next engine answers.
-    output_token_ids = list(transcript.output_token_ids)
-    return Continuation(
-        prompt, transcript.prompt_token_ids, output_token_ids, untold, max_model_len
-    )
+    output = list(transcript.output_token_ids)
+    return Continuation(prompt, transcript.prompt_token_ids, output, untold, max_model_len)
 
 
 async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[str, int]:
     """Return the text of the output, and the number of output tokens that make up this text.
 
     Trailing tokens that are parts of a character are left out: an engine would send all of the
-    prompt's text once that character is complete. Raises LookupError if the text does not begin
-    with the text that the client has.
+    prompt's text once that character is complete.
     """
     output, told = transcript.output_token_ids, transcript.text
     context = transcript.prompt_token_ids[-NUM_CONTEXT_TOKENS:]
@@ -171,57 +144,48 @@ async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[st
     raise LookupError("text")
 
 
+@dataclass(eq=False, slots=True)
 class Continuation:
     """Turns the next engine's answer into further chunks of the client's answer.
 
-    ``untold``: the end of the text, which the client does not have yet. Raises LookupError if
-    no token limit is known, or no token is left.
+    Raises LookupError, with one of ``LOST_REASONS``, if no token limit is known or none is left.
     """
 
-    def __init__(
-        self,
-        prompt: PromptRequest,
-        prompt_token_ids: list[int],
-        output_token_ids: list[int],
-        untold: str,
-        max_model_len: int | None,
-    ) -> None:
-        self._prompt = prompt
-        self._prompt_token_ids = prompt_token_ids
-        self._output_token_ids = output_token_ids
-        self._untold = untold
-        self._body = self._make_body(max_model_len)
+    prompt: PromptRequest
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    untold: str  # the end of the text, which the client does not have yet
+    max_model_len: InitVar[int | None]
+    fields: dict[str, Any] = field(init=False)  # the request to /v1/completions
 
-    def body(self, extra: dict[str, Any]) -> bytes:
-        """Return the request to /v1/completions. ``extra`` may hold ``kv_transfer_params``."""
-        return msgspec.json.encode(self._body | extra)
-
-    def _make_body(self, max_model_len: int | None) -> dict[str, Any]:
-        body, limit = self._prompt.body, self._prompt.max_tokens
-        num_tokens = len(self._output_token_ids)
-        if limit is None and self._prompt.endpoint.is_chat:
+    def __post_init__(self, max_model_len: int | None) -> None:
+        body, limit = self.prompt.body, self.prompt.max_tokens
+        num_tokens = len(self.output_token_ids)
+        if limit is None and self.prompt.endpoint.is_chat:
             if max_model_len is None:
                 raise LookupError("length")
-            limit = max_model_len - len(self._prompt_token_ids)
+            limit = max_model_len - len(self.prompt_token_ids)
         max_tokens = (DEFAULT_MAX_TOKENS if limit is None else limit) - num_tokens
         if max_tokens < 1:
             raise LookupError("length")
         passed = {name: body[name] for name in _PASSED if body.get(name) is not None}
         own = {
-            "prompt": self._prompt_token_ids + self._output_token_ids,
+            "prompt": self.prompt_token_ids + self.output_token_ids,
             "max_tokens": max_tokens,
             "min_tokens": max(0, (body.get("min_tokens") or 0) - num_tokens),
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        return passed | own
+        self.fields = passed | own
+
+    def body(self, extra: dict[str, Any]) -> bytes:
+        return msgspec.json.encode(self.fields | extra)
 
     def take(self, chunk: Chunk) -> None:
         """Rewrite the chunk as the first engine would send it. Raises LookupError, TypeError."""
-        usage = chunk.get("usage")
-        if usage is not None:
-            num_tokens = len(self._output_token_ids)
+        if (usage := chunk.get("usage")) is not None:
+            num_tokens = len(self.output_token_ids)
             chunk["usage"] = {
                 "prompt_tokens": usage["prompt_tokens"] - num_tokens,
                 "completion_tokens": usage["completion_tokens"] + num_tokens,
@@ -229,8 +193,8 @@ class Continuation:
             }
         for choice in chunk["choices"]:
             choice.pop("prompt_token_ids", None)
-            text, self._untold = self._untold + choice["text"], ""
-            if self._prompt.endpoint.is_chat:
+            text, self.untold = self.untold + choice["text"], ""
+            if self.prompt.endpoint.is_chat:
                 del choice["text"]
                 choice["delta"] = {"content": text}
             else:

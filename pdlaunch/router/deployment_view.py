@@ -153,7 +153,7 @@ class DeploymentView:
             routing=pool.policy,
             queued_prompt_tokens=self._state.turns.queue.num_tokens,
             history=list(self._history.points),
-            events=events.events,
+            events=list(events.events),
         )
         return msgspec.structs.replace(status, bottleneck=find_bottleneck(status))
 

@@ -58,7 +58,6 @@ class Breaker(msgspec.Struct, kw_only=True):
         return "open" if now_at < self.open_until_at else "half_open"
 
     def takes(self, now_at: float) -> bool:
-        """Return whether a request may be sent: the breaker is closed, or a try is due."""
         return not self.is_tripped or self.wants_try(now_at)
 
     def wants_try(self, now_at: float) -> bool:
@@ -78,9 +77,9 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Record a first token, which closes a half-open breaker."""
-        # While open, the token belongs to an earlier request. It closes the breaker only after a
-        # single failure, which was probably the failed request's own fault.
+        """Record a first token, which closes a half-open breaker. While open, the token belongs to
+        an earlier request: it closes it only after one failure, probably a request's own fault.
+        """
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
 
@@ -91,7 +90,7 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.num_failures = 0
 
     def why(self, now_at: float) -> str:
-        """Return a text for people that says why no requests are sent; empty if they are sent."""
+        """Say why no requests are sent; empty if they are sent."""
         if self.takes(now_at):
             return ""
         if now_at >= self.open_until_at:
@@ -143,8 +142,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     calls: Interrupts = msgspec.field(default_factory=Interrupts)  # the running calls to it
     last_pick: int = 0  # number of the latest request that was routed to it
     num_works: int = 0  # running pieces of work, such as a prefill or an answer
+    # Running pieces of work for each data parallel rank that they name; None: vLLM chooses
     named: Counter[int | None] = msgspec.field(default_factory=Counter)
-    """Running pieces of work for each data parallel rank that they name; None: vLLM chooses."""
     num_leases: int = 0  # computed prompts whose KV blocks have not been pulled yet
     num_streams: int = 0  # choices that have begun
     # Pieces of work without a first token, and their uncached tokens. Whole answers of vLLM are not
@@ -183,12 +182,10 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def place(self) -> str:
-        """Return the names of its hosts, else the address in its URL; for people."""
         return ", ".join(self.hosts) or urlsplit(self.url).hostname or ""
 
     @property
     def num_outstanding(self) -> int:
-        """Return the number of running pieces of work and of prompts whose blocks are leased."""
         return self.num_works + self.num_leases
 
     @property
@@ -215,7 +212,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         return self.computed_s + (now_at - self.progressed_at if self.unanswered_tokens else 0.0)
 
     def may_name(self, dp_rank: int, num_ranks: int) -> bool:
-        """Return True if one more request may name a data parallel rank."""
         return self.named[dp_rank] < math.ceil(RANK_SHARE * (self.num_works + 1) / num_ranks)
 
     @contextlib.contextmanager
@@ -240,11 +236,10 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     ) -> Iterator[Callable[[], None]]:
         """Count a piece of work while the block runs; yield a function for its first token.
 
-        ``num_uncached``: prompt tokens to compute before the first token; 0 with pulled blocks.
-        ``num_streams``: choices that are streamed afterwards; 0 at a prefill engine.
-        ``dp_rank``: the data parallel rank that the request names. With ``reports_begin``, the
-        caller will call the function. ``moved`` is called when the engine may have room for another
-        prompt.
+        ``num_uncached``: prompt tokens to compute before the first token. ``num_streams``: choices
+        that are streamed afterwards. ``dp_rank``: the rank that the request names. With
+        ``reports_begin``, the caller will call the function. ``moved`` is called when the engine
+        may have room for another prompt.
         """
         has_begun = False
 
@@ -262,7 +257,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             self.num_streams += num_streams
             count(-1)
             if num_uncached:
-                self._computed(num_uncached, clock())
+                self._progress(num_uncached, clock())
             moved()
 
         self.num_works += 1
@@ -282,19 +277,15 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             else:
                 count(-1)
                 if num_uncached:
-                    # The work ended without a token, so the time says nothing about the speed.
-                    self._progress(clock())
+                    self._progress(0, clock())
             moved()
 
-    def _computed(self, num_tokens: int, now_at: float) -> None:
-        took_s = self._progress(now_at)
-        keeps = math.exp(-took_s / SPEED_MEMORY_S)
-        self.computed_tokens = keeps * self.computed_tokens + num_tokens
-        self.computing_s = keeps * self.computing_s + took_s
-
-    def _progress(self, now_at: float) -> float:
-        """Record progress with prompts; return the seconds since the previous progress."""
+    def _progress(self, num_tokens: int, now_at: float) -> None:
+        """Record computed prompt tokens; 0: work ended without any, which tells no speed."""
         took_s = max(0.0, now_at - self.progressed_at)
         self.computed_s += took_s
         self.progressed_at = now_at
-        return took_s
+        if num_tokens:
+            keeps = math.exp(-took_s / SPEED_MEMORY_S)
+            self.computed_tokens = keeps * self.computed_tokens + num_tokens
+            self.computing_s = keeps * self.computing_s + took_s

@@ -9,8 +9,7 @@ import logging
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -45,12 +44,8 @@ _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "No
 
 
 class EngineFailure(OverloadedError):
-    """An engine failed a request; another engine may succeed.
-
-    ``may_return``: the engine or its successor may be back soon; the client gets 503, else 502.
-    ``turned_away``: the engine did not begin. ``error``: the engine's own error. ``is_reported``:
-    the engine reported the failure, so it is alive. Messages never quote the engine's error, which
-    may contain a prompt.
+    """An engine failed a request; another engine may succeed. Messages never quote ``error``, the
+    engine's own error, which may contain a prompt.
     """
 
     def __init__(
@@ -72,9 +67,10 @@ class EngineFailure(OverloadedError):
             code="engine_failed",
         )
         self.engine = engine
-        self.may_return = may_return
-        self.turned_away = turned_away
+        self.may_return = may_return  # the engine or its successor may be back soon
+        self.turned_away = turned_away  # the engine did not begin
         self.lost_rank = fields.get("code") == RANK_LOST
+        # The engine reported the failure, so it is alive.
         self.is_reported = error is not None and not turned_away and not self.lost_rank
 
 
@@ -97,7 +93,6 @@ class EngineRefusal(RelayedError):
 
     @property
     def is_busy(self) -> bool:
-        """Return whether the engine has no room now; another engine may have room."""
         return self.status == 429
 
 
@@ -118,32 +113,19 @@ def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     )
 
 
-class blames:  # noqa: N801
-    """Turn a broken connection or a malformed answer of an engine into an EngineFailure.
-
-    A context manager with a function's name: a generator would take three times as long.
-    """
-
-    __slots__ = ("_engine",)
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, CallError):
-            raise EngineFailure(self._engine, str(error), turned_away=error.not_received) from error
-        if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
-            # Name only the type: the error's message may quote the answer.
-            reason = f"malformed answer ({type(error).__name__})"
-            raise EngineFailure(self._engine, reason, may_return=False) from error
+@contextlib.contextmanager
+def blames(engine: Engine) -> Iterator[None]:
+    """Turn a broken connection or a malformed answer of an engine into an EngineFailure."""
+    try:
+        yield
+    except PdlaunchError:
+        raise
+    except CallError as error:
+        raise EngineFailure(engine, str(error), turned_away=error.not_received) from error
+    except _MALFORMED as error:
+        # Name only the type: the error's message may quote the answer.
+        reason = f"malformed answer ({type(error).__name__})"
+        raise EngineFailure(engine, reason, may_return=False) from error
 
 
 def refuse_broken(engine: Engine, chunk: Chunk) -> None:
@@ -198,12 +180,10 @@ class EngineStream:
 
     def _decode(self, data: bytes) -> Chunk:
         try:
-            chunk = msgspec.json.decode(data)
+            chunk = msgspec.json.decode(data, type=Chunk)
         except (ValueError, RecursionError) as error:
             reason = f"malformed event: {error}"
             raise EngineFailure(self._engine, reason, may_return=False) from error
-        if not isinstance(chunk, dict):
-            raise EngineFailure(self._engine, "an event is not an object", may_return=False)
         if "error" not in chunk:
             return chunk
         told = chunk["error"]
@@ -237,8 +217,7 @@ class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
     ``keys`` returns the key to send to an engine, or None. ``tls``: for engines on other hosts.
-    ``probe_s``: time-out of calls that compute nothing. Redirects are not followed: an engine must
-    not choose where prompts and keys go.
+    ``probe_s``: time-out of calls that compute nothing.
     """
 
     def __init__(
@@ -260,10 +239,7 @@ class EngineClient:
     async def ask(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> tuple[bytes, list[str]]:
-        """Return the whole answer to a POST, and the names of the fields that were ignored.
-
-        Raises EngineFailure, EngineRefusal.
-        """
+        """Return the whole answer to a POST, and the names of the fields that were ignored."""
         async with _while_alive(engine):
             answer = await self._post(engine, path, body, headers)
             try:
@@ -276,18 +252,9 @@ class EngineClient:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self,
-        engine: Engine,
-        path: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        *,
-        is_whole: bool = False,
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str], *, is_whole: bool
     ) -> AsyncIterator[EngineStream | WholeAnswer]:
-        """Open a stream (status 200); leaving the block early aborts it at the engine.
-
-        ``is_whole``: the answer is no stream. Raises EngineFailure and EngineRefusal.
-        """
+        """Open a stream, or an answer that ``is_whole``; leaving the block early aborts it."""
         async with _while_alive(engine):
             answer = await self._post(engine, path, body, headers)
             try:
@@ -320,10 +287,7 @@ class EngineClient:
         timeout_s: float | None = None,
         max_bytes: int = MAX_BODY_BYTES,
     ) -> tuple[int, bytes, str]:
-        """Return status, body and content type of any call.
-
-        Raises EngineFailure without an answer, or with one of more than ``max_bytes``.
-        """
+        """Return status, body and content type of any call. Raises EngineFailure."""
         target, own = f"{path}?{urlencode(query)}" if query else path, self._own(engine, headers)
         with blames(engine):
             return await self._calls.ask(
@@ -355,10 +319,7 @@ class EngineClient:
         return body if status == 200 else None
 
     async def follow(self, engine: Engine) -> AsyncIterator[KVBlocks]:
-        """Yield the KV events of an engine until the stream ends.
-
-        Raises EngineFailure, CallError, ProtocolError.
-        """
+        """Yield the KV events of an engine. Raises EngineFailure, CallError, ProtocolError."""
         with blames(engine):
             answer = await self._calls.call(
                 engine.kv_events, "GET", KV_EVENTS_PATH, self._own(engine, None), b""
@@ -382,7 +343,7 @@ class EngineClient:
         return None if page is None else page.decode("utf-8", "replace")
 
     async def detokenize(
-        self, engine: Engine, model: object, token_ids: list[int], headers: dict[str, str]
+        self, engine: Engine, model: object, headers: dict[str, str], token_ids: list[int]
     ) -> str:
         body = msgspec.json.encode({"model": model, "tokens": token_ids})
         answer, _ = await self.ask(engine, "/detokenize", body, headers)
@@ -391,10 +352,9 @@ class EngineClient:
     async def _post(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Answer:
+        own = self._own(engine, headers)
         with blames(engine):
-            return await self._calls.call(
-                engine.url, "POST", path, self._own(engine, headers), body
-            )
+            return await self._calls.call(engine.url, "POST", path, own, body)
 
     def _own(self, engine: Engine, headers: Mapping[str, str] | None) -> dict[str, str]:
         own = {"Content-Type": "application/json", **(headers or {})}

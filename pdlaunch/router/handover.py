@@ -16,31 +16,23 @@ from pdlaunch.router.state import RouterState
 
 
 class Handover:
-    """Holds a prefill engine's answer to one prompt, and the lease until the blocks are pulled.
-
-    ``params``: the ``kv_transfer_params`` for the decode engine; None: there are no blocks to pull.
-    ``chunks``: the answer as chunks of a stream.
-    """
+    """Holds a prefill engine's answer to one prompt, and the lease until the blocks are pulled."""
 
     def __init__(self, state: RouterState, engine: Engine, raw: bytes, *, is_chat: bool) -> None:
-        """Read ``engine``'s answer.
-
-        Raises ValueError, RecursionError, LookupError, TypeError or AttributeError if the answer
-        has not the OpenAI form, and EngineFailure if the engine gave the request up.
+        """Read ``engine``'s answer. Raises EngineFailure if the engine gave the request up, and
+        errors that ``blames`` handles if the answer has not the OpenAI form.
         """
         answer: dict[str, Any] = msgspec.json.decode(raw)
         self.engine = engine
         self.report: object = answer.pop(REPORT_KEY, None)  # the engine's spans
         self.usage: dict[str, Any] = answer["usage"]
         self.num_prompt_tokens: int = self.usage["prompt_tokens"]
+        # None: there are no blocks to pull.
         self.params: dict[str, Any] | None = answer.get("kv_transfer_params") or None
-        ours = None if self.params is None else self.params.get("pdlaunch")
-        first_tokens = (ours or {}).get("first_tokens") or []
-        ended = {
-            choice
-            for choice, token in enumerate(first_tokens)
-            if token.get("finish_reason") is not None
-        }
+        ours = (self.params or {}).get("pdlaunch") or {}
+        first_tokens = ours.get("first_tokens") or []
+        reasons = [token.get("finish_reason") for token in first_tokens]
+        ended = {choice for choice, reason in enumerate(reasons) if reason is not None}
         # The client may get the first tokens from prefill.
         self.has_first_tokens = bool(first_tokens)
         open_choices = frozenset(
@@ -70,8 +62,8 @@ class Handover:
     def decode_params(self, engine: Engine) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` for ``engine``; None: it must compute the prompt.
 
-        Only decode engines get blocks. Other engines that do their work, such as the prefill
-        engine, get only the first tokens, and engines of vLLM get nothing.
+        Only decode engines get blocks. Others that do their work get only the first tokens, and
+        engines of vLLM get nothing.
         """
         is_vllm = engine.capabilities.is_vllm
         if is_vllm:
@@ -94,21 +86,21 @@ class Handover:
 
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
         """Report the pair if decode has computed the prompt although it was given blocks."""
-        if engine.capabilities.is_vllm:
-            with blames(engine):
-                num_tokens = num_recomputed(chunk)
-            if num_tokens:
-                lease_s = self.engine.capabilities.lease_s
-                waited_s = self._answered_at - self._handed_over_at
-                # If decode answered after the lease had ended, the pair is not at fault.
-                is_in_doubt = not lease_s or waited_s < lease_s
-                self._state.recomputed(self.engine, engine, num_tokens, is_in_doubt=is_in_doubt)
+        if not engine.capabilities.is_vllm:
+            return
+        with blames(engine):
+            num_tokens = num_recomputed(chunk)
+        if num_tokens:
+            lease_s = self.engine.capabilities.lease_s
+            # If decode answered after the lease had ended, the pair is not at fault.
+            is_in_doubt = not lease_s or self._answered_at - self._handed_over_at < lease_s
+            self._state.recomputed(self.engine, engine, num_tokens, is_in_doubt=is_in_doubt)
 
     def end(self, tried: Collection[EngineKey] = ()) -> None:
         """Release the blocks if no engine has pulled them.
 
-        Prefill engines of vLLM take releases only from decode engines, so a decode engine that was
-        not ``tried`` sends it. Without such an engine the lease expires.
+        Prefill engines of vLLM take releases only from decode engines, so one that was not
+        ``tried`` sends it. Without such an engine the lease expires.
         """
         self._uncount()
         lease_id = None if self.params is None else self.params.get("remote_request_id")
@@ -119,10 +111,7 @@ class Handover:
             return
         # An engine that may not pull the blocks cannot release them either.
         decode = self._state.pool.pick_any(tried, can=self._may_hand_over)
-        if decode is None:
-            return
-        params = self.decode_params(decode)
-        if params is not None:
+        if decode is not None and (params := self.decode_params(decode)) is not None:
             self._state.metrics.count("releases")
             # When vLLM refuses a request at decode, prefill frees its blocks. vLLM refuses a
             # streamed beam search before it computes anything.
@@ -136,22 +125,16 @@ class Handover:
 
     def _may_hand_over(self, decode: Engine) -> bool:
         """Return whether ``decode`` may read the blocks although vLLM does not verify them."""
-        age_s = self._state.now() - self._handed_over_at
-        lease_s = self.engine.capabilities.lease_s
-        return (
-            not self.is_taken
-            and (not lease_s or age_s < lease_s / 2)
-            and self._state.pool.may_hand_over(self.engine, decode)
-        )
+        age_s, lease_s = self._state.now() - self._handed_over_at, self.engine.capabilities.lease_s
+        if self.is_taken or (lease_s and age_s >= lease_s / 2):
+            return False
+        return self._state.pool.may_hand_over(self.engine, decode)
 
 
 def chunks_of_answer(
     answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
 ) -> list[Chunk]:
-    """Return a whole answer as chunks of a stream.
-
-    Choices in ``open_choices`` continue, so their finish_reason becomes None.
-    """
+    """Return a whole answer as chunks of a stream, in which ``open_choices`` are not finished."""
     apart = ("choices", "kv_transfer_params", "object", "usage")
     head = {name: value for name, value in answer.items() if name not in apart}
     usage = answer.get("usage")
@@ -162,8 +145,8 @@ def chunks_of_answer(
             role = {"role": message.pop("role", "assistant"), "content": ""}
             opening = {"index": choice["index"], "delta": role, "logprobs": None}
             chunks.append(head | {"choices": [opening | {"finish_reason": None}]})
-            told = {name: value for name, value in message.items() if value not in (None, [])}
-            choice["delta"] = told
+            told = message.items()
+            choice["delta"] = {name: value for name, value in told if value not in (None, [])}
         if choice["index"] in open_choices:
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})

@@ -16,11 +16,10 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -44,7 +43,6 @@ from pdlaunch.router.engines_file import follow
 from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.recovery import RecoverySettings
 from pdlaunch.router.state import RouterState
 
 _logger = logging.getLogger(__name__)
@@ -66,8 +64,6 @@ _NEW_OBJECTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class AloneSpec:
-    """Holds the settings of a router without a supervisor."""
-
     router: RouterSpec
     watch: WatchSettings
     engines: Sequence[Member]
@@ -80,10 +76,7 @@ class AloneSpec:
 async def serving(
     router: RouterApp, spec: RouterSpec, run_dir: Path, launch_id: str
 ) -> AsyncIterator[str]:
-    """Serve clients and commands while the block runs; yield the URL for clients.
-
-    Commands find the router by its LaunchCard in ``run_dir``.
-    """
+    """Serve clients, and commands at ``run_dir``, while the block runs; yield the clients' URL."""
     url = _url_of(spec)
     runners: list[web.AppRunner] = []
     tls = None if spec.certificate is None else spec.certificate.context()
@@ -131,23 +124,19 @@ async def run_in_launch(supervised: Supervised) -> None:
         EnginePool(time.monotonic, spec.routing),
         EngineClient(key_of, tls),
         RouterMetrics(spec.served_model_name),
-        RecoverySettings(),
         prove_again=supervised.send,
         model_dir=spec.model_dir,
         keys=spec.keys,
     )
-
     router = RouterApp(spec, state, link)
     supervised.register(control.Address(http=_url_of(spec)))
     supervised.spawn(router.view.run())
     note = partial(state.events.add, "launch", "", is_bad=False)
-    supervised.spawn(
-        run_autopilot(
-            spec.autopilot, router.view.fresh_status, link.ask, note, clock=time.monotonic
-        )
-    )
+    look = router.view.fresh_status
+    supervised.spawn(run_autopilot(spec.autopilot, look, link.ask, note, clock=time.monotonic))
+    # Begin to wait for the first registry before ``_obey`` can apply it.
+    knowing = asyncio.ensure_future(state.registry_change())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
-    knowing = asyncio.ensure_future(state.knows_engines())
     try:
         # Listen only when the registry is known: waiting clients would get "starting" errors.
         await asyncio.wait([obeying, knowing], return_when=asyncio.FIRST_COMPLETED)
@@ -179,9 +168,8 @@ async def run_autopilot(
 
         every 2 s: what limits? ── the same for 30 s ──▶ pdlaunch role ──▶ pause ── watch again
 
-    The supervisor gets the command of ``pdlaunch role``, and refuses the same changes. An engine
-    serves nothing while it drains and starts. The pause is at least five times as long, so changes
-    take at most a sixth of the time.
+    An engine serves nothing while it drains and starts. The pause is at least five times as long,
+    so changes take at most a sixth of the time.
     """
 
     def say(text: str) -> None:
@@ -254,15 +242,8 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     spec = limited(alone.router)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
     membership = WatchedMembership(alone.watch, pool, metrics)
-    client = EngineClient(membership.key_of)
-    state = RouterState(
-        pool,
-        client,
-        metrics,
-        RecoverySettings(),
-        prove_again=membership.prove_again,
-        keys=spec.keys,
-    )
+    client, prove_again = EngineClient(membership.key_of), membership.prove_again
+    state = RouterState(pool, client, metrics, prove_again=prove_again, keys=spec.keys)
     link = SupervisorLink(
         lambda asked: link.answered(control.Answered(question=asked.question, error=_NOT_OURS))
     )
@@ -272,12 +253,12 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         loop.add_signal_handler(number, signals.put_nowait, None)
     for member in alone.engines:
         membership.add(member, "config")
-    works: list[Coroutine[Any, Any, object]] = [router.view.run()]
+    tasks = [asyncio.ensure_future(router.view.run())]
     if alone.engines_file is not None:
-        works.append(follow(alone.engines_file, membership, spec.drain_timeout_s))
+        following = follow(alone.engines_file, membership, spec.drain_timeout_s)
+        tasks.append(asyncio.ensure_future(following))
     membership.announce = state.update
     membership.publish()
-    tasks = [asyncio.ensure_future(work) for work in works]
     try:
         async with serving(router, spec, alone.run_dir, alone.launch_id) as url:
             _logger.info("listening at %s, for commands at %s", url, alone.run_dir / ADMIN_SOCKET)
@@ -299,7 +280,7 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
-    """Accept connections at the supervisor's sockets, which also hold connections made earlier."""
+    """Accept connections, also those made earlier, at the supervisor's sockets."""
     for descriptor in listeners:
         listener = socket.socket(fileno=descriptor)
         listener.set_inheritable(False)

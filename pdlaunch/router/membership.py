@@ -45,8 +45,6 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Names one engine to watch."""
-
     name: str
     role: Role
     url: str
@@ -55,8 +53,6 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
-    """Holds what a router expects of its engines."""
-
     served_model_name: str
     kind: EngineName
     capabilities: Capabilities  # of engines of this kind
@@ -66,10 +62,8 @@ class WatchSettings:
 
 @dataclass(eq=False, slots=True)
 class WatchedEngine:
-    """Holds the state of one engine at the last ``look``.
-
-    The router does not start, restart or stop the engine. If the engine was restarted, it gets the
-    next incarnation, as an engine of a launch does.
+    """Holds the state of one engine at the last ``look``. After a restart it gets the next
+    incarnation, as an engine of a launch does.
     """
 
     member: Member
@@ -95,7 +89,6 @@ class WatchedEngine:
 
     @property
     def may_pair(self) -> bool:
-        """Return whether the engine could exchange KV blocks now."""
         return self.is_healthy and not self.is_sleeping
 
     async def look(self) -> None:
@@ -144,9 +137,8 @@ class WatchedEngine:
         return ""
 
     def has_trouble(self, num_failures: int) -> bool:
-        """Return whether the engine has failed requests or READs since the last call.
-
-        ``num_failures``: failures that the router has counted.
+        """Return whether the engine has failed requests, which the router counts, or READs since
+        the last call.
         """
         before, self.num_failures = self.num_failures, num_failures
         if self.member.role == "decode" and self.counts and self.failed_reads.look(self.counts):
@@ -181,12 +173,12 @@ class WatchedEngine:
 def judge(
     prefill: Sequence[str], decode: Sequence[str], results: Results, ready_before: Collection[str]
 ) -> tuple[set[str], dict[str, str]]:
-    """Judge healthy engines by the canaries of their due pairs.
+    """Return which healthy engines may be used, by the canaries of their due pairs, and for each
+    other engine the reason.
 
-    Return the engines that may be used, and for each other engine the reason. An engine with a
-    proven pair is used. After a failed canary, decode is left out; prefill only if another prefill
-    engine is proven with the same decode engine. So prefill of a single pair stays and serves
-    alone. This does not affect pairs: engines of vLLM exchange blocks only over proven pairs.
+    An engine with a proven pair is used. After a failed canary, decode is left out; prefill only if
+    another prefill engine is proven with the same decode engine. So prefill of a single pair stays
+    and serves alone. Engines of vLLM exchange blocks only over proven pairs, anyway.
     """
     due_of: dict[str, list[Pair]] = defaultdict(list)
     for pair in sorted(due_pairs(prefill, decode)):
@@ -213,10 +205,7 @@ def judge(
 
 
 class WatchedMembership:
-    """Watches running engines; belongs to the event loop.
-
-    ``pool``: the router's view of the engines, with its counts. ``announce`` gets each registry.
-    """
+    """Watches running engines; belongs to the event loop. ``announce`` gets each registry."""
 
     def __init__(self, settings: WatchSettings, pool: EnginePool, metrics: RouterMetrics) -> None:
         self.settings = settings
@@ -230,7 +219,6 @@ class WatchedMembership:
         self._publishes: asyncio.TimerHandle | None = None
 
     def key_of(self, engine: Engine) -> str | None:
-        """Return the API key of the engine's member, or None."""
         watched = self._watched.get(engine.name)
         # Compare the URL: a request to a replaced engine must not carry its successor's key.
         return watched.member.key if watched and watched.member.url == engine.url else None
@@ -244,10 +232,9 @@ class WatchedMembership:
 
     def holder(self, member: Member) -> str | None:
         """Return the engine that has the member's name or URL, leaving ones included, or None."""
-        for name, other in self._watched.items():
-            if name == member.name or other.member.url == member.url:
-                return name
-        return None
+        known = [each.member for each in self._watched.values()]
+        same = (one.name for one in known if one.name == member.name or one.url == member.url)
+        return next(same, None)
 
     def add(self, member: Member, source: str) -> None:
         """Begin to watch an engine. Raises RequestError if its name or URL is in use."""
@@ -317,25 +304,21 @@ class WatchedMembership:
             return await send_canary(prefill.api, decode.api, model, is_exact=is_exact)
 
     def _report_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
+        has_failed = isinstance(result, CanaryDied)
+        self._metrics.count("canaries", "failed" if has_failed else "proven")
         if isinstance(result, CanaryDied):
             _logger.warning("%s -> %s: %s", *pair, result)
-            self._metrics.count("canaries", "failed")
-        else:
-            self._metrics.count("canaries", "proven")
-            if not result.is_reported:
-                _logger.warning(
-                    "%s does not report which prompt tokens it computes, so recomputed prompts go "
-                    "unnoticed; start it with --enable-prompt-tokens-details",
-                    pair[1],
-                )
+        elif not result.is_reported:
+            _logger.warning(
+                "%s does not report which prompt tokens it computes, so recomputed prompts go "
+                "unnoticed; start it with --enable-prompt-tokens-details",
+                pair[1],
+            )
         self._publish_soon()
 
     def _healthy(self, role: Role) -> list[str]:
-        return [
-            name
-            for name, watched in self._watched.items()
-            if watched.may_pair and not watched.is_leaving and watched.member.role == role
-        ]
+        there = [each for each in self._watched.values() if each.may_pair and not each.is_leaving]
+        return [each.member.name for each in there if each.member.role == role]
 
     def _publish_soon(self) -> None:
         """Publish in ``GATHER_S`` for each engine, to publish several changes at once."""
@@ -364,36 +347,27 @@ class WatchedMembership:
             )
             for name, watched in self._watched.items()
         ]
-        now = self._registry
-        new = Registry(
-            version=now.version,
-            entries=entries,
-            withheld="" if self._can_serve(prefill, decode) else now.withheld,
-            pairs=self._proven(),
-        )
-        if new != now or not now.version:
-            new.version += 1
-            self._registry = new
-            self.announce(new)
-
-    def _proven(self) -> list[PairReady]:
+        # With both roles, each needs a ready engine.
+        roles = {watched.member.role for watched in self._watched.values()}
+        needed = [prefill, decode] if roles == {"prefill", "decode"} else [self._ready]
+        can_serve = not any(self._ready.isdisjoint(names) for names in needed)
         paths = {True: f"canary/{self.settings.kind}", False: "canary, unchecked"}
-        return [
+        proven = [
             PairReady(
-                local=decode,
-                peer=prefill,
-                peer_incarnation=self._watched[prefill].incarnation,
+                local=decode_name,
+                peer=name,
+                peer_incarnation=self._watched[name].incarnation,
                 seconds=proof.seconds,
                 path=paths[proof.is_reported],
                 gigabytes_per_s=proof.gigabytes_per_s,
             )
-            for (prefill, decode), proof in self._canaries.results.items()
+            for (name, decode_name), proof in self._canaries.results.items()
             if isinstance(proof, Proof)
         ]
-
-    def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
-        """Return whether requests can be accepted: with both roles, each needs a ready engine."""
-        roles = {watched.member.role for watched in self._watched.values()}
-        if roles == {"prefill", "decode"}:
-            return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
-        return bool(self._ready)
+        now = self._registry
+        withheld = "" if can_serve else now.withheld
+        new = Registry(version=now.version, entries=entries, withheld=withheld, pairs=proven)
+        if new != now or not now.version:
+            new.version += 1
+            self._registry = new
+            self.announce(new)

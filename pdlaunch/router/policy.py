@@ -14,6 +14,7 @@ engine has cached, by the index, do not count there. The choice depends only on 
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -21,8 +22,6 @@ import xxhash
 
 from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import ONE_ENGINE_POLICIES, RoutingPolicy
-from pdlaunch.errors import OverloadedError
-from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.kv_index import KVIndex, PromptTokens
 
@@ -65,7 +64,6 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     alone: str = ""  # why two engines of vLLM cannot share the request; empty: they can
 
     def is_done_by(self, engine: Engine) -> bool:
-        """Return whether an engine can do the remaining work."""
         return engine.capabilities.can_continue or not self.must_continue
 
 
@@ -83,7 +81,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """Return ``pair``, the role of the only engine, or ``none``."""
         if self.prefill is not None:
             return "pair"
         return "none" if self.decode is None else self.decode.role or "both"
@@ -126,25 +123,19 @@ def choose(
     return _Choice(request, engines, index, now_at, policy).route()
 
 
+@dataclass(eq=False)
 class _Choice:
     """Makes one choice. Does not change its inputs."""
 
-    def __init__(
-        self,
-        request: RoutingRequest,
-        engines: Sequence[Engine],
-        index: KVIndex,
-        now_at: float,
-        policy: RoutingPolicy,
-    ) -> None:
-        self._request = request
-        self._engines = engines
-        self._index = index
-        self._now_at = now_at
-        self._policy = policy
-        speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
-        self._fastest = max(speeds, default=1.0)
-        self._over_share = set() if request.tokens is None else self._find_over_share()
+    _request: RoutingRequest
+    _engines: Sequence[Engine]
+    _index: KVIndex
+    _now_at: float
+    _policy: RoutingPolicy
+
+    def __post_init__(self) -> None:
+        self._fastest = max((one.tokens_per_s for one in self._engines), default=0.0) or 1.0
+        self._over_share = set() if self._request.tokens is None else self._find_over_share()
         self._uncached: dict[str, int] = {}  # tokens, by engine
 
     def route(self) -> Route:
@@ -182,17 +173,14 @@ class _Choice:
         return self._uncached[name]
 
     def _is_short(self, engine: Engine) -> bool:
-        """Return whether streams would have to wait for KV blocks at an engine."""
+        """Return whether streams would have to wait for KV blocks. Cached tokens need no room."""
         _, room = self._index.num_tokens(engine.name)
-        # Cached tokens need no room, and do not move.
         return 0 < room < engine.kv_tokens + self._num_uncached(engine)
 
     def _find_over_share(self) -> set[str]:
-        """Return the engines that have recently stored much more than others of their role.
-
-        Their cached prefixes do not count. Otherwise all chats with the same system prompt would go
-        to the engine that had it first, even when the caches of the others are full of old blocks.
-        """
+        """Return the engines that have recently stored much more than others of their role."""
+        # Otherwise all chats with the same system prompt would go to the engine that had it first,
+        # even when the caches of the others are full of old blocks.
         by_role: dict[Role | None, list[Engine]] = defaultdict(list)
         for engine in self._engines:
             if engine.ready and engine.name in self._index:
@@ -211,14 +199,11 @@ class _Choice:
 
     def _home(self, engines: Iterable[Engine]) -> Engine | None:
         """Return the engine of the request's session; it moves only when that engine leaves."""
-        session = self._request.session
-        if not session:
-            return None
 
         def weight(engine: Engine) -> int:
-            return xxhash.xxh3_64_intdigest(f"{session}\0{engine.name}".encode())
+            return xxhash.xxh3_64_intdigest(f"{self._request.session}\0{engine.name}".encode())
 
-        return max(engines, key=weight, default=None)
+        return max(engines, key=weight, default=None) if self._request.session else None
 
     def _takes(self, engine: Engine) -> bool:
         """Return True if the engine may get the request; tripped ones are tried with new ones."""
@@ -246,7 +231,6 @@ class _Choice:
         """
         usable = [engine for engine in self._engines if self._takes(engine)]
         decodes = {engine.name: engine for engine in usable if engine.role == "decode"}
-
         offers = [self._offer(engine) for engine in usable if engine.role == "prefill"]
         home = self._home(offer.engine for offer in offers)
 
@@ -345,8 +329,3 @@ class _Choice:
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
     """Return whether ``decode`` may be handed KV blocks of ``prefill``, and pulls work."""
     return decode.may_pull_from(prefill) and decode.health.pull(prefill.key).takes(now_at)
-
-
-def no_engine_ready(message: str) -> OverloadedError:
-    """Return the error for a request that has no engine."""
-    return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

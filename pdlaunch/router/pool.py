@@ -26,11 +26,7 @@ MAX_UNBEGUN = 8
 class EnginePool:
     """Holds all engines of the launch. ``clock`` returns seconds."""
 
-    def __init__(
-        self,
-        clock: Callable[[], float],
-        policy: RoutingPolicy = "load",
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], policy: RoutingPolicy = "load") -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
         self.policy: RoutingPolicy = policy
@@ -55,17 +51,15 @@ class EnginePool:
             await asyncio.sleep(IDLE_POLL_S)
 
     def lists(self, engine: Engine) -> bool:
-        """Return whether the engine's processes are the same and it is ready, by the registry."""
+        """Return whether the engine is ready, in the same processes."""
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
     def is_vllm(self) -> bool:
-        """Return whether the engines are vLLM's. All are of one kind."""
         return any(engine.capabilities.is_vllm for engine in self._engines.values())
 
     @property
     def adapters(self) -> set[str]:
-        """Return the names of the LoRA adapters that engines of vLLM list."""
         cards = (card for engine in self._engines.values() for card in engine.models)
         return {card.id for card in cards if card.parent}
 
@@ -75,7 +69,6 @@ class EnginePool:
         return min(known, default=None)
 
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
-        """Return whether ``decode`` may now pull KV blocks of ``prefill``."""
         is_there = (
             self.lists(prefill)
             or not decode.capabilities.is_vllm
@@ -85,7 +78,6 @@ class EnginePool:
         return is_there and decode.may_pull_from(prefill)
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:
-        """Return the path on which the engines exchange KV blocks; None: unknown."""
         names = prefill.name, decode.name
         return next((pair.path for pair in self.pairs if engines_of(pair) == names), None)
 
@@ -118,10 +110,8 @@ class EnginePool:
         return route
 
     def can_begin(self, request: RoutingRequest, reserved: set[EngineKey]) -> bool:
-        """Return whether the engines chosen for the request have room to begin it soon.
-
-        ``reserved``: engines that are kept for earlier prompts. If the prompt has to wait, the
-        engines that it waits for are added to the set.
+        """Return whether the engines chosen for the request have room to begin it soon; if not, add
+        them to ``reserved``, the engines that are kept for earlier prompts.
         """
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self.policy)
@@ -142,17 +132,15 @@ class EnginePool:
     def pick_any(
         self, tried: Collection[EngineKey], can: Callable[[Engine], bool] = lambda _: True
     ) -> Engine | None:
-        """Return an engine that was not ``tried``, for a call that computes nothing.
-
-        Engines that fail requests come last.
-        """
+        """Return an engine that was not ``tried``, for a call that computes nothing."""
         engines = self._engines.values()
         able = [each for each in engines if each.ready and each.key not in tried and can(each)]
-
-        def load(engine: Engine) -> tuple[float, ...]:
-            return engine.health.is_tripped, engine.num_works, engine.last_pick
-
-        return min(able, key=load, default=None)
+        # Engines that fail requests come last.
+        return min(
+            able,
+            key=lambda one: (one.health.is_tripped, one.num_works, one.last_pick),
+            default=None,
+        )
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
         num_cached, _ = self.index.find(engine, request.tokens)
@@ -197,14 +185,13 @@ class EnginePool:
             for server in registry.entries
             if server.kind == "server"
         }
-        engines = self._engines.values()
-        keys = [engine.key for engine in engines]
-        for engine in engines:
+        keys = [engine.key for engine in self._engines.values()]
+        for engine in self._engines.values():
             engine.health.keep(keys)
         self.pairs = registry.pairs
 
     def _renew(self, server: Entry, others: list[Entry], proofs: dict[str, int]) -> Engine:
-        """Return the engine of a registry entry, as the same object if its processes still run."""
+        """Return the engine of an entry, as the same object if its processes still run."""
         others = sorted(others, key=lambda entry: entry.tp_rank)
         # A vLLM engine's processes on other hosts start and end with its server.
         ranks = [entry for entry in others if not entry.capabilities.is_vllm]
@@ -238,10 +225,9 @@ class EnginePool:
         if server.state != "ready" or server.withheld or not server.address.http:
             return False
         # Without native ranks, only the server must be ready; with them, all ranks must be, too.
-        if server.name not in self._with_ranks:
-            return True
-        is_whole = bool(ranks) and len(ranks) == ranks[0].tp_size
-        return is_whole and all(entry.state == "ready" for entry in ranks)
+        num_ready = sum(entry.state == "ready" for entry in ranks)
+        is_whole = bool(ranks) and len(ranks) == num_ready == ranks[0].tp_size
+        return is_whole or server.name not in self._with_ranks
 
 
 def engines_of(pair: PairReady) -> tuple[str, str]:

@@ -2,9 +2,10 @@
 
 import msgspec
 
+from pdlaunch.http.errors import unavailable
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure, EngineRefusal
-from pdlaunch.router.policy import Hop, no_engine_ready
+from pdlaunch.router.policy import Hop
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,18 +53,18 @@ class Attempts:
         self.tried.clear()
 
     def wait_s(self, now: float, *, has_tokens: bool) -> float:
-        """Return how long to wait for an engine if none can be asked now.
-
-        Raises the last failure, or OverloadedError, if no engine is expected. No local variable
-        holds the failure: with its traceback it would keep the request's body in memory.
+        """Return how long to wait for an engine if none can be asked now. Raises the last failure,
+        or OverloadedError, if no engine is expected.
         """
+        # No local variable holds the failure: its traceback would keep the body in memory.
         self.since_at = self.since_at or now
         left_s = self.since_at + self._limits.wait_s - now
         # If all engines are busy, a request is refused unless its stream has begun.
         is_refused = isinstance(self.failure, EngineRefusal) and not has_tokens
         is_lost = isinstance(self.failure, EngineFailure) and not self.failure.may_return
         if left_s <= 0 or is_refused or is_lost:
-            raise self.failure or no_engine_ready("no engine can continue this request")
+            none_left = unavailable("no engine can continue this request", "no_engine_ready")
+            raise self.failure or none_left
         return min(left_s, max(0.0, self._retry_at - now)) if self.tried else left_s
 
     def waited(self, now: float) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import msgspec
 
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.errors import unavailable
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER, REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.router.answers import ClientAnswer
@@ -26,7 +28,6 @@ from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.clients import Client
 from pdlaunch.router.continuation import (
     Continuation,
-    StreamLostError,
     begin_continuation,
     continue_first_token,
     obstacle,
@@ -44,7 +45,7 @@ from pdlaunch.router.engine_client import (
 )
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.kv_index import PromptTokens
-from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
+from pdlaunch.router.policy import Hop, Route, RoutingRequest
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_history import EngineCall
 from pdlaunch.router.state import RouterState
@@ -58,10 +59,7 @@ DEATH_LISTED_S = 5.0  # how long to wait until the registry shows a reported dea
 async def answer_prompt(
     prompt: PromptRequest, state: RouterState, answer: ClientAnswer, client: Client
 ) -> Transcript:
-    """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
-
-    Cancellation ends the work of both engines.
-    """
+    """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure."""
     relay = Relay(prompt, state, answer)
     with state.suspects.watch(prompt.origin):
         try:
@@ -102,18 +100,16 @@ class Relay:
         if self._state.turns.is_fair:
             await self._wait(client)
         while not self.transcript.is_done:
-            route = await self._choose()
-            hop: Hop = "decode" if route.prefill is None else "prefill"
+            prefill, decode = await self._choose()
+            hop: Hop = "prefill" if prefill else "decode"
             try:
-                if route.prefill is not None and route.decode is not None:
-                    sends_first = self._may_send_first_token(route.decode)
-                    handover = await self._prefill(route.prefill, route.decode, sends_first)
-                    await self._take(handover, route.decode, sends_first)
+                if prefill is not None:
+                    await self._prefill(prefill, decode)
                     hop = "decode"
-                    if not self._state.pool.lists(route.decode):
+                    if not self._state.pool.lists(decode):
                         continue
-                if route.decode is not None and not self.transcript.is_done:
-                    await self._decode(route.decode)
+                if not self.transcript.is_done:
+                    await self._decode(decode)
             except (EngineFailure, EngineRefusal) as failure:
                 # A failure after the end of the answer does not matter.
                 if not self.transcript.is_done and not await self._can_continue(hop, failure):
@@ -128,7 +124,6 @@ class Relay:
         log.add("wait for turn", start_at)
 
     def end(self) -> None:
-        """Release the lease, if any. Call this after success, failure and cancellation."""
         if self._lease is not None:
             self._lease.end(self._attempts.tried)
         # The failure's traceback refers to this object: the cycle would keep the body in memory.
@@ -136,10 +131,8 @@ class Relay:
 
     @property
     def _must_resume(self) -> bool:
-        """Return whether the next engine has to continue after the client's tokens.
-
-        Until decode has answered, the lease hands over the first token with the blocks.
-        """
+        """Return whether the next engine has to continue after the client's tokens."""
+        # Until decode has answered, the lease hands over the first token with the blocks.
         return (self._decode_has_answered or self._lease is None) and self.transcript.has_tokens
 
     def _routing_request(self) -> RoutingRequest:
@@ -161,8 +154,8 @@ class Relay:
             alone=prompt.alone,
         )
 
-    async def _choose(self) -> Route:
-        """Return the next route, once an engine can be asked. Raises what ``wait_s`` raises."""
+    async def _choose(self) -> tuple[Engine | None, Engine]:
+        """Return the next engines for prefill, if any, and decode, once they can be asked."""
         state, attempts = self._state, self._attempts
         while True:
             request = self._routing_request()
@@ -170,10 +163,10 @@ class Relay:
             self._record.routed("decode" if request.is_begun else "prefill", route)
             if route.decode is not None:
                 self._follow(route)
-                return route
+                return route.prefill, route.decode
             # No work is lost yet: the client can retry here or at another deployment.
             if attempts.failure is None and self._lease is None:
-                raise no_engine_ready("no engine is ready")
+                raise unavailable("no engine is ready", "no_engine_ready")
             wait_s = attempts.wait_s(state.now(), has_tokens=self.transcript.has_tokens)
             await state.registry_change(wait_s)
             attempts.waited(state.now())
@@ -194,12 +187,15 @@ class Relay:
             route = msgspec.structs.replace(route, prefill=lease.engine)
         self._answer.routed(self._prompt, route)
 
-    async def _prefill(self, engine: Engine, decode: Engine, sends_first: bool) -> Handover:
+    async def _prefill(self, engine: Engine, decode: Engine) -> None:
         """Let ``engine`` compute the first token of each choice and lease the prompt's blocks."""
-        prompt, state = self._prompt, self._state
+        prompt, state, is_vllm = self._prompt, self._state, decode.capabilities.is_vllm
+        # vLLM can continue only a stream after prefill's token; a whole answer would gain nothing.
+        sends_first = not is_vllm or (
+            prompt.is_stream and not request_obstacle(prompt, decode.capabilities)
+        )
         body = prompt.prefill_body(
-            knows_whole_request=not engine.capabilities.is_vllm,
-            sends_first_token=sends_first,
+            knows_whole_request=not engine.capabilities.is_vllm, sends_first_token=sends_first
         )
         _, dp_rank = state.pool.index.find(engine, self._tokens)
         # Unless the engine failed or refused, it may hold a lease, which must be released.
@@ -229,20 +225,10 @@ class Relay:
                 state.release(engine, prompt.hop_id)
             raise
         state.pool.served(engine)
-        return handover
-
-    def _may_send_first_token(self, decode: Engine) -> bool:
-        """Return whether the client may get prefill's token, and ``decode`` continue after it."""
-        if not decode.capabilities.is_vllm:
-            return True
-        # A whole answer would gain nothing.
-        return self._prompt.is_stream and not request_obstacle(self._prompt, decode.capabilities)
+        await self._take(handover, decode, sends_first)
 
     async def _take(self, handover: Handover, decode: Engine, sends_first: bool) -> None:
-        """Keep the lease, and send the client prefill's tokens unless decode will send them.
-
-        Raises RequestError if the prompt and output are too long for decode engines.
-        """
+        """Keep the lease, and send the client prefill's tokens unless decode will send them."""
         self._lease = handover
         self._attempts.prefilled()
         sends_first = sends_first and handover.has_first_tokens
@@ -280,12 +266,11 @@ class Relay:
             self._record.kv_path = self._state.pool.path(lease.engine, engine)
         # Ask vLLM for a whole answer if the client wants one: its streams lack some fields.
         is_whole = is_vllm and not prompt.is_stream
-        body = (
-            continuation.body(extra)
-            if continuation
-            else prompt.decode_body(extra, is_whole=is_whole)
-        )
-        path = COMPLETIONS.path if continuation else prompt.endpoint.path
+        path = prompt.endpoint.path
+        if continuation is None:
+            body = prompt.decode_body(extra, is_whole=is_whole)
+        else:
+            body, path = continuation.body(extra), COMPLETIONS.path
         _, dp_rank = self._state.pool.index.find(engine, self._tokens)
         with (
             self._work(
@@ -308,14 +293,10 @@ class Relay:
 
     async def _continuation(self, engine: Engine) -> Continuation:
         """Return the request with which vLLM continues: prompt and output so far as its prompt."""
-        prompt, client = self._prompt, self._state.client
-        detokenize = partial(
-            client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
-        )
+        prompt, client, limit = self._prompt, self._state.client, engine.max_model_len
+        detokenize = partial(client.detokenize, engine, prompt.body.get("model"), prompt.headers)
         try:
-            return await begin_continuation(
-                prompt, self.transcript, detokenize, engine.max_model_len
-            )
+            return await begin_continuation(prompt, self.transcript, detokenize, limit)
         except LookupError as error:
             raise self._lost(engine, str(error.args[0])) from error
 
@@ -337,10 +318,7 @@ class Relay:
         begin: Callable[[], None] | None,
         continuation: Continuation | None,
     ) -> None:
-        """Send the client all new output of the engine. Raises EngineFailure, EngineRefusal.
-
-        ``lease``: the blocks that the engine pulls. A stream starts only after its pull has ended.
-        """
+        """Send the client all new output of the engine, which pulls the blocks of ``lease``."""
         is_first = True
         while (chunk := await stream.next_chunk()) is not None:
             if is_first:
@@ -371,7 +349,7 @@ class Relay:
         more_follows: bool = False,
         begin: Callable[[], None] | None = None,
     ) -> None:
-        """Send the client the chunk's new output. Raises EngineFailure if the engine gives up."""
+        """Send the client the chunk's new output."""
         if self._continues_at is engine and (num_tokens := self.transcript.extend(chunk)):
             await self._answer.tokens(chunk, num_tokens, more_follows=more_follows)
             return
@@ -397,11 +375,9 @@ class Relay:
             self._continues_at = engine
 
     async def _can_continue(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
-        """Record a failure; return whether another attempt can help.
-
-        If not, the caller must raise the failure. Raised here, its traceback and this frame would
-        refer to each other, and the cycle would keep the body in memory.
-        """
+        """Record a failure; return whether another attempt can help. Else the caller raises it."""
+        # Raised here, its traceback and this frame would refer to each other: a cycle that would
+        # keep the body in memory.
         state, engine = self._state, failure.engine
         pulls_from, self._pulls_from = self._pulls_from, None
         self._continues_at = None
@@ -430,9 +406,13 @@ class Relay:
         can_continue = self.transcript.can_resume or not self._must_resume
         return can_continue and not self._attempts.are_over("decode")
 
-    def _lost(self, engine: Engine, reason: str) -> StreamLostError:
+    def _lost(self, engine: Engine, reason: str) -> OverloadedError:
         self._state.metrics.count("lost_streams", reason)
-        return StreamLostError(engine.name, reason)
+        message = (
+            f"engine {engine.name} was lost in the middle of this answer, and no other engine can "
+            f"continue it ({reason}); send the request again"
+        )
+        return unavailable(message, "stream_lost")
 
     def _headers(self, attempt: int, dp_rank: int | None) -> dict[str, str]:
         prompt = self._prompt

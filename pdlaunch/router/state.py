@@ -1,4 +1,4 @@
-"""Holds the objects that all requests share: pool, client, metrics, suspects, registry."""
+"""Holds the objects that all requests share."""
 
 import asyncio
 import logging
@@ -34,6 +34,7 @@ LOST_S = 5.0
 MAX_EVENTS = 100
 MAX_TEXT = 500  # characters of an event; the last words of a dead process may be longer
 GONE_S = 600.0
+SETTLE_S = 2.0
 
 T = TypeVar("T")
 
@@ -78,34 +79,26 @@ class SuspectPrompts:
 
 
 class EventLog:
-    """Holds recent events and the engines that are gone. ``wall_clock`` returns Unix time."""
+    """Holds recent events and the engines that are gone."""
 
-    def __init__(self, wall_clock: Callable[[], float]) -> None:
-        self._wall_clock = wall_clock
-        self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
+    def __init__(self) -> None:
+        self.events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
         self._seen: dict[str, tuple[str | None, str]] = {}  # roles and states of engines
         self._gone: dict[str, tuple[str | None, float]] = {}
         # Engines that were ready and have not slept or drained since.
         self._served: set[str] = set()
 
-    @property
-    def events(self) -> list[StatusEvent]:
-        return list(self._events)
-
     def add(self, kind: EventKind, name: str, text: str, *, is_bad: bool) -> None:
-        at = self._wall_clock()
-        event = StatusEvent(at=at, kind=kind, name=name, text=text[:MAX_TEXT], is_bad=is_bad)
-        self._events.append(event)
+        at, text = time.time(), text[:MAX_TEXT]
+        self.events.append(StatusEvent(at=at, kind=kind, name=name, text=text, is_bad=is_bad))
 
     def gone(self) -> list[GoneEngine]:
         """Return the engines that were lost in the last minutes and are not back."""
-        now_at = self._wall_clock()
+        now_at = time.time()
         # Forget old ones: an engines_file may list new names without end.
-        self._gone = {name: each for name, each in self._gone.items() if now_at - each[1] < GONE_S}
-        return [
-            GoneEngine(name=name, role=role, gone_s=now_at - at)
-            for name, (role, at) in self._gone.items()
-        ]
+        gone = [(name, each) for name, each in self._gone.items() if now_at - each[1] < GONE_S]
+        self._gone = dict(gone)
+        return [GoneEngine(name=name, role=role, gone_s=now_at - at) for name, (role, at) in gone]
 
     def is_down(self, engine: Engine) -> bool:
         """Return whether an engine does not work and no command is the reason."""
@@ -136,15 +129,13 @@ class EventLog:
                 self.add("engine", name, f"gone (was {state})", is_bad=state == "ready")
                 # `pdlaunch scale` drains an engine, or removes one that was down: it is not missed.
                 if state == "ready":
-                    self._gone[name] = (role, self._wall_clock())
+                    self._gone[name] = (role, time.time())
         self._served &= self._seen.keys() | {each.name for each in self.gone()}
 
 
 class RouterState:
     """Holds the objects that all requests of the process share. Belongs to the event loop.
-
     ``prove_again`` requests a new canary for a pair. ``model_dir``: folder of the tokenizer.
-    ``keys``: the API keys of clients.
     """
 
     def __init__(
@@ -152,7 +143,7 @@ class RouterState:
         pool: EnginePool,
         client: EngineClient,
         metrics: RouterMetrics,
-        recovery: RecoverySettings,
+        recovery: RecoverySettings = RecoverySettings(),  # noqa: B008 - it is frozen
         *,
         prove_again: Callable[[PairSuspect], None],
         model_dir: str = "",
@@ -165,13 +156,12 @@ class RouterState:
         self.metrics = metrics
         self.recovery = recovery
         self.suspects = SuspectPrompts()
-        self.events = EventLog(time.time)
+        self.events = EventLog()
         # The last failure of each pair whose engines exist or may come back.
         self.pair_failures: dict[tuple[str, str], str] = {}
         self.reader = PromptReader(pool, client, model_dir)
         self._follower = KVFollower(pool.index, client.follow)
         self._prove_again = prove_again
-        self._knows_engines = False
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._asked: set[EngineKey] = set()  # engines that are being asked for their models
@@ -188,13 +178,11 @@ class RouterState:
         if sum(engine.ready for engine in self.pool.engines) > 1:
             self.spawn(self.reader.load(registry.text_files))
         self.events.engines_changed(registry, self.pool.engines)
-        names = {each.name for each in self.pool.engines} | {
-            each.name for each in self.events.gone()
-        }
+        names = {each.name for each in self.pool.engines}
+        names |= {each.name for each in self.events.gone()}
         failures = self.pair_failures.items()
         self.pair_failures = {pair: error for pair, error in failures if names.issuperset(pair)}
         self.metrics.show_registry(registry)
-        self._knows_engines = True
         # Use a new event for each change, so that later waiters wait for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
@@ -205,11 +193,8 @@ class RouterState:
                 self.spawn(self._learn_models(engine, engine.key))
 
     def _is_lost(self, engine: Engine) -> bool:
-        """Return whether the running calls to an engine should be given up.
-
-        They should not if the engine's supervisor ends them: it kills hung ranks, and processes on
-        hosts that it reaches.
-        """
+        """Return whether the running calls to an engine should be given up."""
+        # Not if its supervisor ends them: it kills hung ranks, and processes on hosts it reaches.
         listed = {each.name: each for each in self.pool.engines}.get(engine.name)
         if listed is None or listed.url != engine.url:
             return True
@@ -229,10 +214,7 @@ class RouterState:
     def recomputed(
         self, prefill: Engine, decode: Engine, num_tokens: int, *, is_in_doubt: bool
     ) -> None:
-        """Record that decode has computed ``num_tokens`` although it was given their KV blocks.
-
-        With ``is_in_doubt``, the pair is not used until a canary has proven it again.
-        """
+        """Record that decode has computed ``num_tokens`` although it was given their KV blocks."""
         error = f"decode computed {num_tokens} tokens although it was handed their KV blocks"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.count("silent_recomputes", prefill.name, decode.name)
@@ -257,18 +239,13 @@ class RouterState:
             self.spawn(self.client.notify(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def find(self, look: Callable[[], T], timeout_s: float) -> T:
-        """Call ``look`` at each change of the registry until its result is true; return the result.
-
-        After ``timeout_s`` return the last result, which is false.
+        """Call ``look`` at each change of the registry until its result is true, for at most
+        ``timeout_s``; return the last result.
         """
         until_at = self.now() + timeout_s
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)
         return found
-
-    async def knows_engines(self) -> None:
-        if not self._knows_engines:
-            await self.registry_change()
 
     async def registry_change(self, timeout_s: float | None = None) -> None:
         """Wait for the next change of the registry, for at most ``timeout_s``."""
@@ -280,16 +257,15 @@ class RouterState:
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work`` as a task that may outlive the request that spawns it."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
-    async def settled(self, timeout_s: float = 2.0) -> None:
+    async def settled(self) -> None:
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+            await asyncio.wait(self._tasks, timeout=SETTLE_S)
 
     async def close(self) -> None:
         await self.settled()

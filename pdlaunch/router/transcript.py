@@ -22,9 +22,7 @@ class ChoiceTranscript(msgspec.Struct):
 
 
 class Transcript:
-    """Holds the output of one answer that the client has. Each chunk goes through ``admit`` or
-    ``extend``.
-    """
+    """Holds the output that the client has. Each chunk goes through ``admit`` or ``extend``."""
 
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
         self.num_tokens = 0
@@ -48,7 +46,6 @@ class Transcript:
 
     @property
     def can_resume(self) -> bool:
-        """Return whether the ids of all sent tokens are known."""
         return not self._has_untold_tokens
 
     @property
@@ -60,16 +57,14 @@ class Transcript:
         return "".join(self._choices[0].texts)
 
     def drop_tokens(self, num_tokens: int) -> None:
-        """Forget the first choice's tokens after ``num_tokens``. The client lacks their text."""
+        """Forget tokens whose text the client lacks, after the first ``num_tokens``."""
         token_ids = self._choices[0].token_ids
         self.num_tokens -= len(token_ids[num_tokens:])
         del token_ids[num_tokens:]
 
     def admit(self, chunk: Chunk) -> bool:
         """Record ``chunk`` and remove the parts that the client has; return False if none is left.
-
-        Raises IndexError, TypeError, KeyError or AttributeError if the chunk has not the OpenAI
-        form.
+        Raises LookupError, TypeError or AttributeError if it has not the OpenAI form.
         """
         # Check all choices first: no token of an invalid chunk may count as sent.
         for choice in chunk["choices"]:
@@ -117,7 +112,13 @@ class Transcript:
         return num_tokens
 
     def resume_field(self) -> dict[str, Any]:
-        return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
+        choices = []
+        for told in self._choices:
+            tokens: list[dict[str, Any]] = [{"token_id": token_id} for token_id in told.token_ids]
+            if tokens and told.finish_reason is not None:
+                tokens[-1]["finish_reason"] = told.finish_reason
+            choices.append(tokens)
+        return {"choices": choices, "sent": True}
 
     def usage(self) -> Usage:
         """Return the first engine's count of prompt tokens, and the count of output tokens sent."""
@@ -144,7 +145,6 @@ class Transcript:
         self._usage.completion_tokens = usage.get("completion_tokens") or 0
 
     def _keep(self, chunk: Chunk) -> None:
-        """Keep the prompt's tokens and the text, which another engine needs to continue."""
         for choice in chunk["choices"]:
             told = self._choices[choice["index"]]
             ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
@@ -182,7 +182,6 @@ class Transcript:
 
 
 def _require_form(choice: dict[str, Any], num_choices: int) -> None:
-    """Raise IndexError, TypeError or KeyError for a choice that is not of the OpenAI form."""
     if not 0 <= choice["index"] < num_choices:
         raise IndexError("the index of a choice is out of range")
     if not isinstance(choice.get("token_ids") or [], list):
@@ -203,10 +202,3 @@ def _is_new(fields: dict[str, Any], name: str, told: set[str]) -> bool:
         return False
     told.add(name)
     return True
-
-
-def _resumed(choice: ChoiceTranscript) -> list[dict[str, Any]]:
-    tokens: list[dict[str, Any]] = [{"token_id": token_id} for token_id in choice.token_ids]
-    if tokens and choice.finish_reason is not None:
-        tokens[-1]["finish_reason"] = choice.finish_reason
-    return tokens

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import ProtocolError, RequestError
-from pdlaunch.http.errors import error_body
+from pdlaunch.http.errors import error_body, error_payload
 from pdlaunch.http.headers import (
     MAX_SENT_NAMES,
     headers_to_pass,
@@ -20,7 +20,6 @@ from pdlaunch.http.sse import (
     DONE_DATA,
     MAX_EVENT_BYTES,
     EventDecoder,
-    encode_error,
     encode_event,
 )
 
@@ -76,4 +75,4 @@ def test_errors_have_openais_form_and_show_nothing_unexpected() -> None:
     assert error_body(error) == {
         "error": {"message": "bad", "type": "invalid_request_error", "param": "n", "code": "c"}
     }
-    assert b"secret" not in encode_error(KeyError("secret"))
+    assert "secret" not in str(error_payload(KeyError("secret")))

@@ -18,7 +18,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
@@ -57,11 +57,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CanaryDied(PdlaunchError):
-    """Says why a pair must not be used.
-
-    ``fatal``: another canary would fail, too: answers differ, or prefill has no KV connector.
-    ``params``: as in Proof.
-    """
+    """Says why a pair must not be used. ``fatal``: another canary would fail, too."""
 
     def __init__(
         self, reason: str, *, fatal: bool = False, params: Mapping[str, Any] | None = None
@@ -87,22 +83,17 @@ class Proof:
         return self.num_bytes / self.transfer_s / 1e9 if self.transfer_s else None
 
 
+@dataclass(eq=False)
 class Canaries(Generic[Pair]):
-    """Sends canaries through pairs, and repeats each until its pair is proven.
+    """Sends canaries through pairs, and repeats each until its pair is proven."""
 
-    ``send`` sends one; ``report`` is called with each result. ``results``: the latest of each pair.
-    """
+    send: Callable[[Pair], Awaitable[Proof]]
+    report: Callable[[Pair, Proof | CanaryDied], None]  # called with each result
+    num_at_once: InitVar[int] = 4
+    results: dict[Pair, Proof | CanaryDied] = field(default_factory=dict)  # the latest of each pair
+    _tasks: dict[Pair, asyncio.Task[None]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        send: Callable[[Pair], Awaitable[Proof]],
-        report: Callable[[Pair, Proof | CanaryDied], None],
-        num_at_once: int = 4,
-    ) -> None:
-        self._send = send
-        self._report = report
-        self.results: dict[Pair, Proof | CanaryDied] = {}
-        self._tasks: dict[Pair, asyncio.Task[None]] = {}
+    def __post_init__(self, num_at_once: int) -> None:
         self._at_once = asyncio.Semaphore(num_at_once)
 
     def prove(self, due: Collection[Pair]) -> None:
@@ -136,18 +127,18 @@ class Canaries(Generic[Pair]):
         while True:
             result = self.results[pair] = await self._try(pair)
             if isinstance(result, Proof):
-                # Before ``_report``, which may call ``doubt`` and ``prove`` for this pair.
+                # Before ``report``, which may call ``doubt`` and ``prove`` for this pair.
                 del self._tasks[pair]
-                self._report(pair, result)
+                self.report(pair, result)
                 return
-            self._report(pair, result)
+            self.report(pair, result)
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
 
     async def _try(self, pair: Pair) -> Proof | CanaryDied:
         try:
             async with self._at_once:
-                return await self._send(pair)
+                return await self.send(pair)
         except CanaryDied as died:
             return died
         except ProtocolError as error:

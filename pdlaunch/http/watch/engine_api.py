@@ -15,7 +15,6 @@ from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.protocol.control import Capabilities
 
-MAX_WORD_BYTES = 64 * 1024  # limit for answers with little or no text, such as /health
 MOST_QUOTED = 200  # characters of an error to keep: some errors quote the whole answer
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 # Share of the KV cache that requests or leases hold, without blocks that are only cached
@@ -24,6 +23,9 @@ VLLM_LENT = "vllm:kv_cache_usage_perc"
 TELLS_TOKEN_IDS_SINCE = (0, 11)
 # ``max_model_len`` of the models that an engine serves, by name
 Models = dict[str, int | None]
+# Role, URL and name of each engine; and for each pair ``PREFILL -> DECODE`` its path with its
+# speed, and why it is slow (empty: it is not)
+Deployment = tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]
 T = TypeVar("T")
 
 
@@ -88,18 +90,10 @@ def with_version(capabilities: Capabilities, version: str) -> Capabilities:
 
 
 class EngineApi:
-    """Sends requests to one engine. Create and use it inside a running event loop.
-
-    ``tls``: context for an https URL; None trusts the system's certificate authorities.
-    ``prefix`` begins each path, for calls that a router forwards to the engine.
-    """
+    """Sends requests to one engine. ``prefix`` begins each path, if a router forwards the calls."""
 
     def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        tls: ssl.SSLContext | None = None,
-        prefix: str = "",
+        self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None, prefix: str = ""
     ) -> None:
         self._url, self._prefix = url, prefix
         self._calls = EngineCalls(tls=tls)
@@ -113,7 +107,7 @@ class EngineApi:
     async def is_healthy(self, timeout_s: float) -> bool | None:
         """Return True if /health answers 200; None if there is no answer within ``timeout_s``."""
         try:
-            status, _ = await self._ask("GET", "/health", timeout_s, max_bytes=MAX_WORD_BYTES)
+            status, _ = await self._ask("/health", timeout_s)
         except CallError:
             return None
         return status == 200
@@ -134,14 +128,10 @@ class EngineApi:
             "/version", timeout_s, lambda raw: str(msgspec.json.decode(raw)["version"])
         )
 
-    async def deployment(
-        self, timeout_s: float
-    ) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
-        """Read a pdlaunch router's status: role, URL and name of each engine; and for each pair
-        ``PREFILL -> DECODE`` its path with its speed, and why it is slow (empty: it is not).
-        """
+    async def deployment(self, timeout_s: float) -> Deployment:
+        """Read a pdlaunch router's status."""
 
-        def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
+        def read(raw: bytes) -> Deployment:
             found, pairs = msgspec.json.decode(raw), {}
             for each in found["pairs"]:
                 speed = each["gigabytes_per_s"]
@@ -188,8 +178,7 @@ class EngineApi:
     ) -> T:
         """Return ``read(body)`` for an answer with status 200. Raises ProtocolError."""
         try:
-            method = "POST" if body else "GET"
-            status, raw = await self._ask(method, path, timeout_s, body, headers=headers)
+            status, raw = await self._ask(path, timeout_s, body, headers)
         except CallError as error:
             raise ProtocolError(f"{path}: {error}") from error
         if status != 200:
@@ -202,23 +191,15 @@ class EngineApi:
 
     async def _ask(
         self,
-        method: str,
         path: str,
         timeout_s: float,
         body: bytes = b"",
-        *,
         headers: Mapping[str, str] = MappingProxyType({}),
-        max_bytes: int = MAX_PAGE_BYTES,
     ) -> tuple[int, bytes]:
+        method, target = "POST" if body else "GET", f"{self._prefix}{path}"
         sent = {**self._headers, **headers}
         status, answer, _ = await self._calls.ask(
-            self._url,
-            method,
-            f"{self._prefix}{path}",
-            sent,
-            body,
-            timeout_s=timeout_s,
-            max_bytes=max_bytes,
+            self._url, method, target, sent, body, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
         )
         return status, answer
 
