@@ -59,8 +59,11 @@ class RankProcess:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._inbox: queue.SimpleQueue[control.FromSupervisor] = queue.SimpleQueue()
         self._context = SecureContext(bootstrap.keys)
+        # Of its own, because ``close`` must wait until it has sent everything, while other threads
+        # may still use their sockets.
+        self._control_context = SecureContext(bootstrap.keys)
         self.control = ControlClient(
-            self._context, bootstrap.control, bootstrap.name, self._on_control
+            self._control_context, bootstrap.control, bootstrap.name, self._on_control
         )
         self._heartbeat = Heartbeat(self.control.send, bootstrap.heartbeat_s)
         self._stopped = False
@@ -129,6 +132,7 @@ class RankProcess:
 
     def close(self) -> None:
         self.control.close()
+        self._control_context.close()
 
     def _turn(self, loop: Leader | Follower, runner: ModelRunner) -> None:
         """Run the step loop until the supervisor or rank 0 stops it."""
