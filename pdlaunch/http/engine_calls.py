@@ -23,6 +23,8 @@ MAX_BODY_BYTES = 1024**3
 KEEPALIVE_S = 2.0
 # How long a stream may take to end after ``[DONE]``; later, its connection is closed, not reused
 END_S = 1.0
+# Errors of code that reads an answer which has not the expected form
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 _HIGH_WATER_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 64 * 1024
 _RAW_BODY_BYTES = 1024**2

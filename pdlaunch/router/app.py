@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from aiohttp import hdrs, web
 
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import (
     AppRoute,
@@ -75,11 +76,10 @@ from pdlaunch.router.state import RouterState
 
 logger = logging.getLogger(__name__)
 
-_PAGE_FILES = (
-    *("page.css", "main.js", "dom.js", "boxes.js", "flow.js", "charts.js"),
-    *("requests.js", "tables.js"),
-)
-PAGE_PATHS = ("/", "/pdlaunch/", *(f"/pdlaunch/{name}" for name in _PAGE_FILES))
+_PAGE = Path(str(resources.files("pdlaunch.router") / "static"))
+_PAGE_FILES = {f"/pdlaunch/{file.name}": file for file in sorted(_PAGE.iterdir())}
+_PAGE_FILES["/pdlaunch/"] = _PAGE_FILES.pop("/pdlaunch/page.html")
+PAGE_PATHS = ("/", *_PAGE_FILES)
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
@@ -126,9 +126,11 @@ class RouterApp:
                 *model_routes(self._model_cards),
                 *health_routes(self._health),
                 AppRoute("GET", "/metrics", self._metrics),
-                *self.view.routes(),
-                *self.history.routes(),
-                *page_routes(),
+                AppRoute("GET", "/pdlaunch/status", self.view.answer),
+                AppRoute("GET", "/pdlaunch/requests", self.history.list_some),
+                AppRoute("GET", "/pdlaunch/requests/{id:.+}", self.history.trace),
+                AppRoute("GET", "/", _redirect),
+                *(AppRoute("GET", path, _send_page_file) for path in _PAGE_FILES),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in Admin(state, supervisor).routes()
@@ -144,10 +146,7 @@ class RouterApp:
         ).app
 
     async def close(self) -> None:
-        """End every running request with an error.
-
-        Waits at most ``CLOSE_TIMEOUT_S`` until all clients have the error.
-        """
+        """End every running request with an error, and wait until the clients have it."""
         self._deadlines.close()
         await self.view.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
@@ -157,11 +156,8 @@ class RouterApp:
     def _model_cards(self) -> list[ModelCard]:
         """Return the served model, and the other models (adapters) that engines of vLLM list."""
         pool, name = self._state.pool, self._spec.served_model_name
-        max_model_len = (
-            pool.max_model_len("decode")
-            or pool.max_model_len("both")
-            or pool.max_model_len("prefill")
-        )
+        roles: tuple[Role, ...] = ("decode", "both", "prefill")
+        max_model_len = next(filter(None, map(pool.max_model_len, roles)), None)
         own = ModelCard(id=name, created=self._started, root=name, max_model_len=max_model_len)
         others = {
             card.id: card
@@ -217,17 +213,17 @@ class RouterApp:
                 return await self._answer(http, request, client, writer)
 
     async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
-        request_id = request_id_of(http)
+        given, request_id = http.headers, request_id_of(http)
         read = partial(
             read_client_request,
             endpoint,
             body,
             served_model_name=self._spec.served_model_name,
             request_id=request_id,
-            hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
-            headers={SPANS_HEADER: "1"} | headers_to_pass(http.headers),
-            wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
-            session=http.headers.get(SESSION_HEADER, ""),
+            hop_id=HopId(request_id) if REQUEST_ID_HEADER not in given else _hop_id(request_id),
+            headers={SPANS_HEADER: "1"} | headers_to_pass(given),
+            wants_pair=given.get(ROUTE_HEADER) == WANTS_PAIR,
+            session=given.get(SESSION_HEADER, ""),
             is_vllm=self._state.pool.is_vllm,
             is_fair=self._state.turns.is_fair,
         )
@@ -246,9 +242,7 @@ class RouterApp:
         if request.fields.stream:
             headers = {REQUEST_ID_HEADER: request_id_of(http)}
             stream = (
-                ClientStream(http, headers)
-                if writer is None
-                else ResponseStream(http, headers, writer)
+                ResponseStream(http, headers, writer) if writer else ClientStream(http, headers)
             )
         metrics = state.metrics.requests
         answer = ClientAnswer(request, metrics, record, stream)
@@ -272,8 +266,8 @@ class RouterApp:
 
     async def _pass_on(self, http: web.Request) -> web.Response:
         pool, tried = self._state.pool, frozenset[EngineKey]()
-        hop_id = _hop_id(request_id_of(http), is_own=False)
-        headers = {SPANS_HEADER: "1"} | headers_to_pass(http.headers) | {REQUEST_ID_HEADER: hop_id}
+        own = {SPANS_HEADER: "1", REQUEST_ID_HEADER: _hop_id(request_id_of(http))}
+        headers = own | headers_to_pass(http.headers)
         client = self._state.clients.of(http)
         async with self._bodies.read(http) as body:
             with self.admission.admit(1), client.admit(1, 0, lambda: (0, 0)):
@@ -295,12 +289,11 @@ class RouterApp:
 
 
 async def _no_embeddings(_: web.Request) -> web.StreamResponse:
-    raise RequestError(
+    message = (
         "embeddings are not served: the model of this deployment generates text; run `vllm serve "
-        "MODEL --runner pooling` for embeddings",
-        status=404,
-        code="not_found",
+        "MODEL --runner pooling` for embeddings"
     )
+    raise RequestError(message, status=404, code="not_found")
 
 
 def _admin_key_check(key: str | None) -> KeyCheck:
@@ -319,31 +312,16 @@ def _admin_key_check(key: str | None) -> KeyCheck:
     return refuse
 
 
-def page_routes() -> list[AppRoute]:
-    """Return the routes of the page and of its files."""
-    folder = Path(str(resources.files("pdlaunch.router") / "static"))
-    return [
-        AppRoute("GET", "/", _redirect),
-        AppRoute("GET", "/pdlaunch/", partial(_send_file, folder / "page.html")),
-        *(
-            AppRoute("GET", f"/pdlaunch/{name}", partial(_send_file, folder / name))
-            for name in _PAGE_FILES
-        ),
-    ]
-
-
 async def _redirect(_: web.Request) -> web.Response:
     # The URL is relative, because a proxy may have added a prefix to the path.
     return web.Response(status=307, headers={hdrs.LOCATION: "pdlaunch/"} | _PAGE_HEADERS)
 
 
-async def _send_file(path: Path, _: web.Request) -> web.FileResponse:
-    return web.FileResponse(path, headers=_PAGE_HEADERS)
+async def _send_page_file(http: web.Request) -> web.FileResponse:
+    return web.FileResponse(_PAGE_FILES[http.path], headers=_PAGE_HEADERS)
 
 
-def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
-    if is_own:
-        return HopId(request_id)
+def _hop_id(request_id: HttpRequestId) -> HopId:
     return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
 
 

@@ -10,12 +10,12 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
 
 from pdlaunch import __version__
-from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, json_response
 from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.bottleneck import find_bottleneck
@@ -110,10 +110,7 @@ class DeploymentView:
         self._model = served_model_name
         self._start_at = time.monotonic()
         self._history = RateHistory(state.metrics, time.monotonic, time.time, state.pool)
-        self._readings = EngineReadings(state.client, time.monotonic)
-
-    def routes(self) -> list[AppRoute]:
-        return [AppRoute("GET", "/pdlaunch/status", self._answer_status)]
+        self._readings = EngineReadings(state.client)
 
     async def run(self) -> None:
         while True:
@@ -203,7 +200,7 @@ class DeploymentView:
             for names, link in sorted(links.items())
         ]
 
-    async def _answer_status(self, _: web.Request) -> web.Response:
+    async def answer(self, _: web.Request) -> web.Response:
         return json_response(await self.fresh_status())
 
 
@@ -255,19 +252,16 @@ class EngineHistory:
         if not self._past:
             return None
         num_tokens = self._grown("prompt_tokens")
-        cache = None
-        if num_tokens > 0:
-            tiers = ("device", "host", "remote")
-            cache = {one: min(1.0, self._grown(f"{one}_hits") / num_tokens) for one in tiers}
+        tiers = ("device", "host", "remote") if num_tokens > 0 else ()
+        cache = {one: min(1.0, self._grown(f"{one}_hits") / num_tokens) for one in tiers}
         total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
-        has_host_tier = bool(total["host_blocks"])
         return EngineReading(
             age_s=now_at - self._at,
             running=total["running"],
             waiting=total["waiting"],
             kv_usage=self._now.get("kv_usage", 0.0),
-            host_usage=self._now.get("host_usage", 0.0) if has_host_tier else None,
-            cache=cache,
+            host_usage=self._now.get("host_usage", 0.0) if total["host_blocks"] else None,
+            cache=cache or None,
             pulls=self.pulls(),
             failed_pulls=total["pull_failures"],
             refused_pulls=total["refused"],
@@ -276,12 +270,9 @@ class EngineHistory:
     def pulls(self, prefill: str | None = None) -> Pulls:
         """Return the pulls from engine ``prefill``; None: from all engines."""
         behind = "" if prefill is None else f"@{prefill}"
-        pulling_s, moved = (
-            self._grown(f"pull_seconds{behind}"),
-            self._grown(f"pulled_bytes{behind}"),
-        )
+        words = (f"{word}{behind}" for word in ("pull_seconds", "pulled_bytes", "pulls"))
+        pulling_s, moved, num_pulls = map(self._grown, words)
         span_s = self._at - self._past[0][0] if self._past else 0.0
-        num_pulls = self._grown(f"pulls{behind}")
         return Pulls(
             mean_s=pulling_s / num_pulls if num_pulls > 0 else None,
             number=int(self._now.get(f"pulls{behind}", 0)),
@@ -300,19 +291,19 @@ class EngineHistory:
 
 
 class EngineReadings:
-    """Holds the metrics histories of all engines. ``clock`` returns seconds."""
+    """Holds the metrics histories of all engines."""
 
-    def __init__(self, client: EngineClient, clock: Callable[[], float]) -> None:
+    def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._clock = clock
         self._histories: dict[str, EngineHistory] = {}
         self._turn: asyncio.Task[None] | None = None
         self._fresh_until_at = 0.0
 
     def of(self, engine: Engine) -> EngineReading | None:
         history = self._histories.get(engine.name)
-        is_its = history is not None and history.processes == engine.processes
-        return history.reading(self._clock()) if is_its and history is not None else None
+        if history is None or history.processes != engine.processes:
+            return None
+        return history.reading(time.monotonic())
 
     def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
         """Return the pulls of ``decode`` from ``prefill``. ``is_only``: there is no other prefill
@@ -324,13 +315,13 @@ class EngineReadings:
         return history.pulls(None if is_only and not history.reports_peers else prefill)
 
     async def refresh(self, engines: Sequence[Engine]) -> None:
-        """Read the engines' metrics unless they are fresh. Reads that take longer than
-        ``READ_WAIT_S`` go on in the background.
+        """Read the engines' metrics unless they are fresh; reads of more than ``READ_WAIT_S`` go on
+        in the background.
         """
-        is_over = self._turn is None or self._turn.done()
-        if is_over and self._clock() >= self._fresh_until_at:
+        now_at, is_over = time.monotonic(), self._turn is None or self._turn.done()
+        if is_over and now_at >= self._fresh_until_at:
             self._turn = asyncio.ensure_future(self._read(engines))
-            self._fresh_until_at = self._clock() + FRESH_S
+            self._fresh_until_at = now_at + FRESH_S
         if self._turn is not None:
             await asyncio.wait([self._turn], timeout=READ_WAIT_S)
 
@@ -343,58 +334,48 @@ class EngineReadings:
         known, self._histories = self._histories, {}
         for engine in engines:
             history = known.get(engine.name)
-            if history is None or history.processes != engine.processes:
-                if not engine.ready:
-                    continue  # its canaries would count as work of clients
-                history = EngineHistory(engine.processes)
-            self._histories[engine.name] = history
+            if history is not None and history.processes == engine.processes:
+                self._histories[engine.name] = history
+            elif engine.ready:  # before, canaries would count as work of clients
+                self._histories[engine.name] = EngineHistory(engine.processes)
 
         async def read(engine: Engine) -> None:
             history = self._histories[engine.name]
-            history.asked_at = self._clock()
+            history.asked_at = time.monotonic()
             if (page := await self._client.read_metrics(engine)) is not None:
-                history.add(self._clock(), scan(page))
+                history.add(time.monotonic(), scan(page))
 
         begun = [each for each in engines if each.name in self._histories]
         due = sorted(begun, key=lambda each: self._histories[each.name].asked_at)
         await asyncio.gather(*map(read, due[:MAX_READS]), return_exceptions=True)
 
 
+@dataclass(eq=False)
 class RateHistory:
-    """Holds the rates of the router's counters; ``take`` has to be called every ``STEP_S``.
+    """Holds the rates of the router's counters; ``take`` has to be called every ``STEP_S``."""
 
-    ``clock`` and ``wall_clock`` (Unix time) return seconds. ``points``: rates, oldest first.
-    """
+    _metrics: RouterMetrics
+    _clock: Callable[[], float]
+    _wall_clock: Callable[[], float]  # returns Unix time
+    _pool: EnginePool
+    fastest: Rates | None = None
 
-    def __init__(
-        self,
-        metrics: RouterMetrics,
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float],
-        pool: EnginePool,
-    ) -> None:
-        self._metrics = metrics
-        self._pool = pool
-        self.fastest: Rates | None = None
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self.points: deque[Rates] = deque(maxlen=int(HISTORY_S / STEP_S))
+    def __post_init__(self) -> None:
+        self.points: deque[Rates] = deque(maxlen=int(HISTORY_S / STEP_S))  # oldest first
         self._past = deque([self.totals()], maxlen=int(WINDOW_S / STEP_S))
 
     def take(self) -> None:
-        point, fastest = self._since(self._past[-1]), self.fastest
+        point, best = self._since(self._past[-1]), self.fastest
         self.points.append(point)
         self._past.append(self.totals())
         token_ms = point.mean_inter_token_ms
         if not token_ms or point.streams * point.span_s * 1e3 < LEAST_TOKENS * token_ms:
             return
-        best_ms = fastest.mean_inter_token_ms if fastest is not None else None
-        is_lonelier = fastest is not None and point.streams < fastest.streams
-        if best_ms is None or token_ms * SAME_TIME ** (-1 if is_lonelier else 1) < best_ms:
+        factor = 1 / SAME_TIME if best is not None and point.streams < best.streams else SAME_TIME
+        if best is None or token_ms * factor < (best.mean_inter_token_ms or 0.0):
             self.fastest = point
 
     def computing(self, engine: str) -> float:
-        """Return the share of the last ``WINDOW_S`` in which an engine computed prompts."""
         (before_at, before), (now_at, now) = self._past[0], self.totals()
         word, span_s = _COMPUTING + engine, now_at - before_at
         grown_s = now.get(word, 0.0) - before.get(word, 0.0)
@@ -446,10 +427,7 @@ class RateHistory:
 
 
 def percentiles(upto: Mapping[float, float]) -> Percentiles | None:
-    """Estimate percentiles from a histogram: the number of values up to each bound, in seconds.
-
-    Values are assumed to be spread evenly in each bucket. None if there are no values.
-    """
+    """Estimate percentiles from a histogram: the number of values up to each bound, in seconds."""
     most = max(upto.values(), default=0.0)
     if most <= 0:
         return None
@@ -460,6 +438,7 @@ def percentiles(upto: Mapping[float, float]) -> Percentiles | None:
             # The last bucket has no upper bound, so return its lower bound.
             if bound == float("inf"):
                 break
+            # Values are assumed to be spread evenly in each bucket.
             if (number := upto[bound]) >= wanted and number > below:
                 return (low + (wanted - below) / (number - below) * (bound - low)) * 1e3
             low, below = bound, number

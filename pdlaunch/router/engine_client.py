@@ -17,6 +17,7 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError, ProtocolError
 from pdlaunch.http.engine_calls import (
+    MALFORMED,
     MAX_BODY_BYTES,
     MAX_PAGE_BYTES,
     Answer,
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 Chunk = dict[str, Any]
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 # Finish reasons of requests that the engine, not a client, has given up.
 _GAVE_UP = frozenset({"error", "abort"})
 _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
@@ -102,7 +102,7 @@ def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
         return
     if status < 300 or 400 <= status < 500:
         raise EngineRefusal(engine, status, body, answer.headers)
-    with contextlib.suppress(*_MALFORMED):
+    with contextlib.suppress(*MALFORMED):
         error = msgspec.json.decode(body)["error"]
     raise EngineFailure(
         engine,
@@ -122,7 +122,7 @@ def blames(engine: Engine) -> Iterator[None]:
         raise
     except CallError as error:
         raise EngineFailure(engine, str(error), turned_away=error.not_received) from error
-    except _MALFORMED as error:
+    except MALFORMED as error:
         # Name only the type: the error's message may quote the answer.
         reason = f"malformed answer ({type(error).__name__})"
         raise EngineFailure(engine, reason, may_return=False) from error

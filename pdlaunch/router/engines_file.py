@@ -60,10 +60,7 @@ async def follow(
 async def _set_members(
     membership: WatchedMembership, members: Iterable[Member], drain_timeout_s: float
 ) -> None:
-    """Drain and remove the file's engines that are not in ``members``, and add new ones.
-
-    Engines that cannot be added are logged and left out. Returns when removed engines are gone.
-    """
+    """Drain and remove the file's engines that are not in ``members``, and add new ones."""
     wanted = {member.name: member for member in members}
     there = membership.members(FILE)
     gone = [name for name in there if there[name] != wanted.get(name)]
@@ -84,10 +81,8 @@ async def _set_members(
 
 
 def read_engines_file(path: Path) -> list[RunningEngine]:
-    """Return the engines that a file lists under ``engines``. Raises ConfigError.
-
-    Messages show no values of the file: a value may be a secret in the wrong place.
-    """
+    """Return the engines that a file lists under ``engines``. Raises ConfigError."""
+    # Messages show no values of the file: a value may be a secret in the wrong place.
     values, _, problems = read_yaml(path)
     if problems:
         raise InvalidConfigError(problems)
@@ -97,10 +92,10 @@ def read_engines_file(path: Path) -> list[RunningEngine]:
         return named(_engines.validate_python(tuple(engines)))
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
-        where = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in details)
-        raise _unusable(path, where) from None
+        reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in details)
     except ValueError as error:
-        raise _unusable(path, str(error)) from None
+        reason = str(error)
+    raise _unusable(path, reason)
 
 
 def _unusable(path: Path, reason: str) -> ConfigError:

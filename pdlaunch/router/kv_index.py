@@ -42,10 +42,9 @@ class PromptTokens:
         self._keys: dict[int, list[int]] = {}
 
     def keys(self, block_size: int) -> list[int]:
-        found = self._keys.get(block_size)
-        if found is None:
-            found = self._keys[block_size] = next_keys(self._root, self._bytes, block_size)
-        return found
+        if block_size not in self._keys:
+            self._keys[block_size] = next_keys(self._root, self._bytes, block_size)
+        return self._keys[block_size]
 
 
 class KVIndex:
@@ -72,7 +71,6 @@ class KVIndex:
         return FEW_BLOCKS * max((held.block_size for held in ranks), default=0)
 
     def num_ranks(self, name: str) -> int:
-        """Return the number of an engine's data parallel ranks; 0: it has reported no prefixes."""
         return len(self._ranks(name)) if name in self else 0
 
     def __contains__(self, name: str) -> bool:
@@ -82,8 +80,6 @@ class KVIndex:
     def find(self, engine: Engine, prompt: PromptTokens | None) -> tuple[int, int | None]:
         """Return the number of a prompt's tokens that an engine has cached, and the data parallel
         rank that has them. The request must name this rank; None: vLLM may choose.
-
-        Ranks that too many running requests name (``Engine.may_name``) do not count.
         """
         ranks = self._ranks(engine.name)
         if prompt is None or not ranks:
@@ -93,6 +89,7 @@ class KVIndex:
             for held in ranks
             if held.block_size
         }
+        # Ranks that too many running requests name do not count.
         free = [rank for rank in tokens if engine.may_name(rank, len(ranks))]
         best = max(free, key=lambda rank: tokens[rank], default=None)
         least = min(tokens.values()) if len(tokens) == len(ranks) else 0
@@ -101,10 +98,8 @@ class KVIndex:
         return tokens[best], best
 
     def age(self) -> None:
-        """Halve the counts of new blocks when they exceed the number of blocks that engines hold.
-
-        So the counts cover about the time in which the caches are filled once.
-        """
+        """Halve the counts of new blocks when they exceed the blocks that engines hold."""
+        # So the counts cover about the time in which the caches are filled once.
         ranks = [held for name in self._engines for held in self._ranks(name)]
         if sum(held.num_new for held in ranks) > sum(map(len, ranks)):
             for held in ranks:

@@ -109,17 +109,15 @@ class RouterMetrics:
                 known = self._num_ends.get((process, reason), 0)
                 self._ends.labels(process, reason).inc(count - known)
                 self._num_ends[process, reason] = count
-        speeds: dict[tuple[str, ...], float] = {}
-        slow: dict[tuple[str, ...], float] = {}
+        measured = {}
         for pair in registry.pairs:
             names = engines_of(pair)
             self._counters["silent_recomputes"].labels(*names)
             if pair.gigabytes_per_s is not None:
-                labels = *names, pair.peer, pair.local, pair.path
-                speeds[labels] = pair.gigabytes_per_s * 1e9
-                slow[labels] = float(bool(pair.slow))
+                measured[*names, pair.peer, pair.local, pair.path] = pair
+        speeds = {labels: (pair.gigabytes_per_s or 0.0) * 1e9 for labels, pair in measured.items()}
         self._set(_PAIR_SPEED, speeds)
-        self._set(_PAIR_SLOW, slow)
+        self._set(_PAIR_SLOW, {labels: bool(pair.slow) for labels, pair in measured.items()})
 
     def show(self, engines: Sequence[Engine], in_flight: int) -> None:
         states = [engine.state for engine in engines]
@@ -148,10 +146,7 @@ class RouterMetrics:
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:
-    """Return ``own_page`` merged with the pages of all engines.
-
-    The page of an engine that does not answer in time is missing.
-    """
+    """Return ``own_page`` merged with the pages of all engines that answer in time."""
     families: Families = {}
     add_page(families, own_page.decode())
     pages = await asyncio.gather(*(client.read_metrics(engine) for engine in engines))
@@ -180,11 +175,10 @@ Families = dict[str, tuple[str, str, list[str]]]
 
 
 def add_page(families: Families, page: str, *, engine: str | None = None) -> None:
-    """Add a page in Prometheus's text format, its samples labelled with ``engine``.
+    """Add a page in Prometheus's text format, its samples labelled with ``engine``, if any.
 
-    If ``engine`` is None, samples stay unchanged: they must differ from those of other pages. Lines
-    that are no samples and ``_created`` series are left out. prometheus_client's parser takes 20
-    times as long.
+    Lines that are no samples and ``_created`` series are left out. prometheus_client's parser takes
+    20 times as long.
     """
     escaped = (engine or "").replace("\\", r"\\").replace('"', r"\"")
     label = "" if engine is None else f'engine="{escaped}"'

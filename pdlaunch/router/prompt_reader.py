@@ -51,10 +51,7 @@ _logger = logging.getLogger(__name__)
 
 
 class PromptReader:
-    """Finds the tokens of prompts; belongs to the event loop.
-
-    ``model_dir``: the folder of the model; empty if it is not on this host.
-    """
+    """Finds the tokens of prompts. ``model_dir``: empty if the model is not on this host."""
 
     def __init__(self, pool: EnginePool, client: EngineClient, model_dir: str = "") -> None:
         self._pool = pool
@@ -95,10 +92,7 @@ class PromptReader:
         return read, tokens
 
     async def load(self, pinned: Mapping[str, str]) -> None:
-        """Load the tokenizer, once. This takes a second; until then prompts are routed by load.
-
-        ``pinned``: the ``text_digests`` of the files that the servers have read.
-        """
+        """Load the tokenizer, once. This takes a second; until then prompts are routed by load."""
         if not self._is_loading:
             self._is_loading = True
             self._model = await asyncio.to_thread(load_model, self._model_dir, pinned)
@@ -113,10 +107,9 @@ class PromptReader:
 
 
 def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
-    """Return the tokenizer and chat template that the servers use.
+    """Return the tokenizer and chat template that the servers use, if they are on this host.
 
-    ``pinned``: see ``PromptReader.load``. None: the model's files are not here, have changed since
-    the servers read them, or have no tokenizer.
+    ``pinned``: the ``text_digests`` of the files that the servers have read.
     """
     if not model_dir:
         return None
@@ -141,7 +134,6 @@ def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
 
 
 def _tokenize(model: ServedModel, prompt: PromptRequest, is_vllm: bool) -> list[int]:
-    """Return the token ids of a prompt. Raises RequestError."""
     body: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(prompt.body))
     if not is_vllm:
         generation: type[ChatCompletionRequest | CompletionRequest] = (

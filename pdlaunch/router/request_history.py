@@ -14,7 +14,8 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.app import AppRoute, End
+from pdlaunch.http.app import End
+from pdlaunch.http.engine_calls import MALFORMED
 from pdlaunch.http.errors import (
     CLIENT_CLOSED_REQUEST,
     RelayedError,
@@ -54,8 +55,6 @@ MAX_ENGINE_SPANS = 4 * MAX_SPANS  # for one call, from an engine and its ranks
 
 
 class EngineCall(msgspec.Struct):
-    """Records one call to an engine."""
-
     hop: Hop
     engine: str
     span: Span  # ends at 0 while the call runs
@@ -68,7 +67,6 @@ class EngineCall(msgspec.Struct):
         return self.span.end_at > 0
 
     def add_report(self, told: object, now_at: float) -> None:
-        """Store the engine's spans from the end of its answer, if any."""
         if told is None:
             return
         try:
@@ -83,7 +81,6 @@ class EngineCall(msgspec.Struct):
         self.span.attributes["clock_error_ms"] = round(error_s * 1000, 3)
 
     def counts(self, usage: object) -> None:
-        """Store the number of cached or pulled prompt tokens from ``usage``."""
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
         if isinstance(cached, int):
@@ -93,13 +90,10 @@ class EngineCall(msgspec.Struct):
         return [span for span in self.engine_spans if span.name == name]
 
     def attributes(self, name: str) -> dict[str, Attribute]:
-        """Return the attributes of the engine's first span with this name, or an empty dict."""
         return next((span.attributes for span in self.named(name)), {})
 
 
 class RequestRecord:
-    """Records one request, from its arrival to the end of its answer."""
-
     def __init__(self, request_id: HttpRequestId, path: str) -> None:
         self.id = request_id
         self.path = path
@@ -137,10 +131,7 @@ class RequestRecord:
         return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
 
     def used_tokens(self, num_prompt_tokens: int) -> tuple[int, int]:
-        """Return the prompt tokens and output tokens; (0, 0) without any output.
-
-        ``num_prompt_tokens``: estimate that is used if the request has no usage (an error).
-        """
+        """Return the prompt and output tokens. ``num_prompt_tokens``: estimate for errors."""
         if self.usage is not None:
             return self.usage.prompt_tokens, self.usage.completion_tokens
         return (num_prompt_tokens if self.num_tokens else 0), self.num_tokens
@@ -173,11 +164,9 @@ class RequestRecord:
             self.status, self.error = error_status(error), describe_error(error)
 
     def end(self, status: int) -> None:
-        """End the record. ``status`` does not replace the status of an error recorded earlier."""
-        if self.status is None:
-            self.status = status
         if status == CLIENT_CLOSED_REQUEST and self.error is None:
             self.status, self.error = status, CLIENT_LEFT
+        self.status = self.status or status  # that of an error which was recorded earlier stays
         # Drop the transcripts, which hold every token.
         self._num_tokens, self.transcripts = self.num_tokens, []
         if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
@@ -236,12 +225,10 @@ class RequestRecord:
         )
 
     def trace(self) -> RequestTrace:
-        """Return the summary and all spans, ordered by start time."""
         start_at, ended = self.log.start_at, [call for call in self._calls if call.is_over]
         whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
-        told: list[tuple[Span, Span]] = [(span, whole) for span in self.log.spans]
-        told += [(call.span, whole) for call in ended]
-        # Several calls may go to the same engine, for different prompts or attempts.
+        # Each span with its parent. Several calls may go to the same engine.
+        told = [(span, whole) for span in (*self.log.spans, *(call.span for call in ended))]
         told += [(span, call.span) for call in ended for span in call.engine_spans]
         told.sort(key=lambda pair: pair[0].start_at)
         places = {id(span): place for place, (span, _) in enumerate(told, 1)}
@@ -289,17 +276,13 @@ def _count(value: Attribute) -> int | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return a text of at most ``MAX_ERROR_LENGTH`` characters that describes an error.
-
-    An engine's refusal may quote the prompt, so only its ``code`` and ``param`` are shown.
-    """
+    """Return a text of at most ``MAX_ERROR_LENGTH`` characters that describes an error."""
     if isinstance(error, ConnectionError) or not isinstance(error, Exception):
         return CLIENT_LEFT
     if isinstance(error, RelayedError):
+        # An engine's refusal may quote the prompt, so only its ``code`` and ``param`` are shown.
         named: list[str] = []
-        with contextlib.suppress(
-            ValueError, RecursionError, LookupError, TypeError, AttributeError
-        ):
+        with contextlib.suppress(*MALFORMED):
             body = msgspec.json.decode(error.body)["error"]
             named = [str(body[key]) for key in ("code", "param") if body.get(key)]
         text = ": ".join([str(error), *named])
@@ -338,16 +321,14 @@ class RequestHistory:
         record.end(status)
         if not is_poll(error):
             self._done.append(record)
+        if not logger.isEnabledFor(logging.INFO):
+            return
         try:
-            log_request(record)
+            summary = record.summary()
+            fields = {FIELDS: lambda: {"request": msgspec.to_builtins(summary)}}
+            logger.info("%s", summary.line, extra=fields)
         except Exception:  # A fault in the log must not lose the answer.
             logger.exception("a request could not be logged")
-
-    def routes(self) -> list[AppRoute]:
-        return [
-            AppRoute("GET", "/pdlaunch/requests", self._list),
-            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace),
-        ]
 
     def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
         """Return at most ``limit`` records, running ones included, latest or slowest first."""
@@ -361,20 +342,16 @@ class RequestHistory:
     def _latest(self) -> list[RequestRecord]:
         return [*reversed(self._running.values()), *reversed(self._done)]
 
-    async def _list(self, http: web.Request) -> web.Response:
+    async def list_some(self, http: web.Request) -> web.Response:
         records = self.chosen(*_read_query(http.query))
         return json_response(RequestList(requests=[record.summary() for record in records]))
 
-    async def _trace(self, http: web.Request) -> web.Response:
+    async def trace(self, http: web.Request) -> web.Response:
         for record in self._latest():
             if record.id == http.match_info["id"]:
                 return json_response(record.trace())
-        raise RequestError(
-            f"the router has no request with this id; it keeps the last {self._done.maxlen}",
-            param="id",
-            status=404,
-            code="request_not_found",
-        )
+        message = f"the router has no request with this id; it keeps the last {MAX_KEPT}"
+        raise RequestError(message, param="id", status=404, code="request_not_found")
 
 
 def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
@@ -388,11 +365,3 @@ def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise RequestError(f"{given[0]} must be a whole number, 0 or more", param=given[0])
     return given[0], int(text)
-
-
-def log_request(record: RequestRecord) -> None:
-    """Log one line about a request that has ended."""
-    if logger.isEnabledFor(logging.INFO):
-        summary = record.summary()
-        fields = {FIELDS: lambda: {"request": msgspec.to_builtins(summary)}}
-        logger.info("%s", summary.line, extra=fields)

@@ -44,10 +44,6 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 def read_response_request(raw: bytes, request_id: str) -> tuple[bytes, ResponseWriter]:
     """Return the body of the chat, and the writer of its response. Raises RequestError."""
     body = read_json_object(raw)
-    return _chat_body(body), ResponseWriter(body, request_id)
-
-
-def _chat_body(body: dict[str, Any]) -> bytes:
     for name, neutral in _KEPT.items():
         if body.get(name) not in neutral:
             raise RequestError(
@@ -67,10 +63,10 @@ def _chat_body(body: dict[str, Any]) -> bytes:
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
     if isinstance(form := text.get("format"), dict):
-        kind = form.get("type")
-        schema = {name: value for name, value in form.items() if name != "type"}
-        is_schema = kind == "json_schema"
-        chat["response_format"] = {"type": kind} | ({"json_schema": schema} if is_schema else {})
+        chat["response_format"] = {"type": form.get("type")}
+        if form.get("type") == "json_schema":
+            schema = {name: value for name, value in form.items() if name != "type"}
+            chat["response_format"]["json_schema"] = schema
     if tools := body.get("tools"):
         if not isinstance(tools, list):
             raise RequestError("tools must be a list", param="tools")
@@ -81,7 +77,7 @@ def _chat_body(body: dict[str, Any]) -> bytes:
         chat["tool_choice"] = choice
     if chat.get("stream"):
         chat["stream_options"] = {"include_usage": True}
-    return msgspec.json.encode(chat)
+    return msgspec.json.encode(chat), ResponseWriter(body, request_id)
 
 
 def _tool(tool: object) -> dict[str, Any]:
@@ -153,7 +149,7 @@ class ResponseWriter:
             "tools": body.get("tools") or [],
             "store": False,
         } | {name: body.get(name) for name in _ECHOED}
-        self._item: dict[str, Any] | None = None  # the last item of the output, while it grows
+        self._item: dict[str, Any] = {}  # the last item of the output, while it grows
         self._num_events = 0
         self._reason: str | None = None
 
@@ -165,9 +161,8 @@ class ResponseWriter:
     def take(self, chunk: Mapping[str, Any]) -> Iterator[bytes]:
         """Yield the events of one chunk. A whole answer is a chunk with a ``message``."""
         if error := chunk.get("error"):
-            yield self.event(
-                "error", **{name: error[name] for name in ("code", "message", "param")}
-            )
+            told = {name: error[name] for name in ("code", "message", "param")}
+            yield self.event("error", **told)
             return
         if self._num_events == 0:
             self.response["model"] = chunk["model"]
@@ -199,12 +194,12 @@ class ResponseWriter:
         yield self.event(f"response.{status}", response=self.response)
 
     def _text(self, text: str) -> Iterator[bytes]:
-        if self._item is None or self._item["type"] != "message":
+        if self._item.get("type") != "message":
             yield from self._begin_item(type="message", role="assistant", content=[])
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             yield self._of_item("response.content_part.added", content_index=0, part=part)
-            self._open["content"].append(part)
-        self._open["content"][0]["text"] += text
+            self._item["content"].append(part)
+        self._item["content"][0]["text"] += text
         kind = "response.output_text.delta"
         yield self._of_item(kind, content_index=0, delta=text, logprobs=[])
 
@@ -214,44 +209,37 @@ class ResponseWriter:
             known = {"call_id": call["id"], "name": function["name"], "arguments": ""}
             yield from self._begin_item(type="function_call", **known)
         if arguments := function.get("arguments"):
-            self._open["arguments"] += arguments
+            self._item["arguments"] += arguments
             yield self._of_item("response.function_call_arguments.delta", delta=arguments)
-
-    @property
-    def _open(self) -> dict[str, Any]:
-        assert self._item is not None
-        return self._item
 
     def _of_item(self, kind: str, **fields: Any) -> bytes:
         place = len(self.response["output"]) - 1
-        return self.event(kind, item_id=self._open["id"], output_index=place, **fields)
+        return self.event(kind, item_id=self._item["id"], output_index=place, **fields)
 
     def _begin_item(self, **fields: Any) -> Iterator[bytes]:
         yield from self._end_item()
         output = self.response["output"]
-        prefix = "msg" if fields["type"] == "message" else "fc"
-        item_id = f"{prefix}_{self.response['id']}_{len(output)}"
+        place, prefix = len(output), "msg" if fields["type"] == "message" else "fc"
+        item_id = f"{prefix}_{self.response['id']}_{place}"
         self._item = {"id": item_id, "status": "in_progress"} | fields
         output.append(self._item)
-        place = len(output) - 1
         yield self.event("response.output_item.added", output_index=place, item=self._item)
 
     def _end_item(self) -> Iterator[bytes]:
-        if (item := self._item) is None:
+        if not (item := self._item):
             return
         item["status"] = "incomplete" if self._reason == "length" else "completed"
         if item["type"] == "message":
             (part,) = item["content"]
-            text = part["text"]
             kind = "response.output_text.done"
-            yield self._of_item(kind, content_index=0, text=text, logprobs=[])
+            yield self._of_item(kind, content_index=0, text=part["text"], logprobs=[])
             yield self._of_item("response.content_part.done", content_index=0, part=part)
         else:
             kind, told = "response.function_call_arguments.done", item["arguments"]
             yield self._of_item(kind, arguments=told, name=item["name"])
         place = len(self.response["output"]) - 1
         yield self.event("response.output_item.done", output_index=place, item=item)
-        self._item = None
+        self._item = {}
 
 
 class ResponseStream(ClientStream):

@@ -17,10 +17,9 @@ from pdlaunch.protocol.ids import HopId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.responses import ModelList
 from pdlaunch.protocol.process.bootstrap import ClientKey
 from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
-from pdlaunch.router.clients import Clients
+from pdlaunch.router.clients import Clients, Turns
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.fair_queue import Turns
 from pdlaunch.router.kv_index import KVFollower
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool

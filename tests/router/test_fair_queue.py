@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.router.fair_queue import FairQueue, Flow
+from pdlaunch.router.clients import FairQueue, Flow
 
 Queue = FairQueue[tuple[str, int, int]]  # name of the flow, priority, number
 SIZES = st.integers(1, 5000)

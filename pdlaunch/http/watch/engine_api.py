@@ -11,7 +11,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
+from pdlaunch.http.engine_calls import MALFORMED, MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.protocol.control import Capabilities
 
@@ -185,7 +185,7 @@ class EngineApi:
             raise ProtocolError(f"{path} answered {status}: {raw[:300]!r}")
         try:
             return read(raw)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             reason = "not UTF-8" if isinstance(error, UnicodeError) else repr(error)[:MOST_QUOTED]
             raise ProtocolError(f"{path}: unexpected content: {reason}") from error
 
