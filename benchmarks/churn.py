@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import admin_api, own_launches
+from pdlaunch.launch.client.api import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, idle
 from tests.e2e.conftest import launched

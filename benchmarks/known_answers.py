@@ -22,8 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.protocol.engine import EngineStats
 from tests.e2e.agreement import await_idle, engines_of
 

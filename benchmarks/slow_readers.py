@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import greedy_body, idle, requests_in_flight, streamed
 from tests.e2e.conftest import launched

@@ -12,8 +12,8 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
-from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.facts import Fact, Machine
+from pdlaunch.machine.host import EngineCommand
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 

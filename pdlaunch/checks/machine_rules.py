@@ -7,8 +7,8 @@ from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
-from pdlaunch.machine.availability import NOT_HERE
-from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.machine.facts import VISIBLE_DEVICES
+from pdlaunch.machine.network import NOT_HERE
 from pdlaunch.planning.role_engines import DEVICES_BETWEEN_HOSTS
 
 MIN_SHM_BYTES = parse_size("256MiB")

@@ -10,9 +10,8 @@ from typing import Literal
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.availability import probe_port
-from pdlaunch.machine.engine_commands import EngineCommand, find_engine_command
-from pdlaunch.machine.host import missing_modules
+from pdlaunch.machine.host import EngineCommand, find_engine_command, missing_modules
+from pdlaunch.machine.network import probe_port
 from pdlaunch.planning.models import weight_error
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator

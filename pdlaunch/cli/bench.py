@@ -314,7 +314,8 @@ def run_module(
     Raises ``typer.Exit`` if the module fails.
     """
     # -P: do not import a folder named pdlaunch in the current folder.
-    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", module, *arguments]
+    guard = "pdlaunch.protocol.process.bootstrap"  # ends the module with this process
+    command = [sys.executable, "-P", "-m", guard, module, *arguments]
     # Ctrl-C does not reach a process in its own session. It ends silently, with this process.
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=stdout, env=environ, start_new_session=True

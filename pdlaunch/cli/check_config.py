@@ -29,7 +29,7 @@ from pdlaunch.engine.kvcache.groups import num_kv_heads_of_rank
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.launch.places import transport_of
-from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.machine.facts import VISIBLE_DEVICES
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on

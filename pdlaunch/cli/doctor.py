@@ -17,18 +17,19 @@ from pdlaunch.cli.findings import StrictOption, print_report, refuse_input
 from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption
 from pdlaunch.cli.output import FormatOption
 from pdlaunch.config.external import UNIX, read_engine_url
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
-from pdlaunch.launch.client.admin import own_launches
+from pdlaunch.launch.client.api import own_launches
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.ucx_log import transport_of
 from pdlaunch.planning.models import Model
-from pdlaunch.planning.resolve import THIS_HOST, resolve
+from pdlaunch.planning.resolve import resolve
 
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
@@ -169,7 +170,7 @@ def judge(seen: SeenDeployment) -> Report:
     config = LaunchConfig.model_validate({"engine": "vllm"})
     unknown = Model("unknown", None, None, pending="running engines do not report it")
     roles: tuple[Role, ...] = ("prefill", "decode")
-    launch = resolve(config, {THIS_HOST: Machine()}, {}, dict.fromkeys(roles, unknown))
+    launch = resolve(config, {LOCAL: Machine()}, {}, dict.fromkeys(roles, unknown))
     rules = [rule for rule in all_rules().values() if rule.code in OF_RUNNING_ENGINES]
     report = run_checks(launch, {}, Probes(deployment=seen), rules=rules)
     return replace(report, resolved={"deployment": asdict(seen)})

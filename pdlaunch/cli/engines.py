@@ -12,8 +12,13 @@ import typer
 from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import counted, ending_at_errors, print_line, say
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.launch.client.admin import EngineOutcome, admin_api, command_engines, command_launch
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import (
+    Api,
+    EngineOutcome,
+    admin_api,
+    command_engines,
+    command_launch,
+)
 
 GIB = 1024**3
 _GOES_ON = "the change continues; `pdlaunch status` shows the engines"

@@ -46,13 +46,12 @@ from pdlaunch.launch.hosts.placement.ray_cluster import (
     stop_agents,
 )
 from pdlaunch.launch.launch import check_platform
-from pdlaunch.machine.engine_commands import find_engine_command
-from pdlaunch.machine.host import recorded_environ
+from pdlaunch.machine.host import find_engine_command, recorded_environ
 from pdlaunch.machine.network import address_towards, default_address
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.planning.engine_choice import choose_engine
 from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.models import choose_engine
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 JOIN_FILE = "join.json"

@@ -23,8 +23,7 @@ from pdlaunch.cli.output import (
 )
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import read_status, reading_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.bottleneck import bottleneck_line
 from pdlaunch.protocol.control import PairReady

@@ -20,7 +20,7 @@ from pdlaunch.cli.options import ApiKeyOption, UrlOption
 from pdlaunch.cli.output import Format, counted, ending_at_errors
 from pdlaunch.cli.status import amount
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import Choice, read_requests, read_trace, reading_api
+from pdlaunch.launch.client.api import Choice, read_requests, read_trace, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId

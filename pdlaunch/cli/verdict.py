@@ -42,7 +42,7 @@ from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import SECRET_NAME, all_settings, flag_name, is_secret
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.engine_commands import find_engine_command
+from pdlaunch.machine.host import find_engine_command
 from pdlaunch.planning.role_engines import RoleEngines
 
 STATE, PAGE, WINNER = "verdict.json", "verdict.html", "winner.yaml"

@@ -27,22 +27,18 @@ HEARTBEATS = 6
 
 @dataclass(eq=False)
 class Bootstraps:
-    """Makes the bootstraps of one launch. Its models must be converted already, if necessary.
-
-    ``listeners``: the open sockets of the public address, one or more, all with the same port.
-    """
+    """Makes the bootstraps of one launch, whose models are converted already."""
 
     kind: EngineKind
     keys: LaunchKeys
     control: str
     run_dir: Path
     launch_id: str
-    listeners: Sequence[socket.socket]
+    listeners: Sequence[socket.socket]  # of the public address, all with the same port
     # Specs by engine: a restarted engine gets its first spec again, whatever changed since.
     _engines: dict[str, EngineSpec] = field(default_factory=dict)
 
     def forget(self, engine: str) -> None:
-        """Forget a removed engine, and delete its files in the launch's folder."""
         self._engines.pop(engine, None)
         for path in self.run_dir.glob(f"{engine}.*"):
             path.unlink(missing_ok=True)
@@ -98,7 +94,6 @@ class Bootstraps:
     def _connector(
         self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch
     ) -> ConnectorSpec | None:
-        """Return the settings of pdlaunch's connector in a vLLM engine; None if it has none."""
         transfer, host = launch.config.kv_transfer, launch.host(spec.host)
         if transfer.is_stock or spec.role not in PAIR:
             return None
@@ -113,7 +108,6 @@ class Bootstraps:
         )
 
     def _door(self, spec: ProcessSpec, launch: ResolvedLaunch) -> DoorSpec | None:
-        """Return where a sidecar listens for other hosts; None in a launch on one host."""
         if not launch.spans_hosts:
             return None
         config, host = launch.config, launch.host(spec.host)

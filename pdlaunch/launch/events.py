@@ -24,88 +24,18 @@ from pdlaunch.protocol.process.run_dirs import CONTROL_SOCKET
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """The user or the system wants the launch to end."""
-
     signal_number: int
     reason: str = ""  # shown to users; empty: show the name of the signal
 
 
 @dataclass(frozen=True, slots=True)
 class FolderLost:
-    """Another program or user removed a folder of the launch, or the sockets in it."""
-
     path: Path
     is_logs: bool  # True: the log folder, which is created again; False: the run folder
 
 
 Event = MessageReceived | ProcessExited | StopRequested | FolderLost
 FOLDER_CHECK_S = 2.0
-
-
-class EventQueue:
-    """Waits for the events of a launch.
-
-    ``lifeline``: read end of a pipe; its end of file requests a stop, because the process that
-    started the launch is gone. ``run_dir``, ``log_dir``: folders whose removal is reported.
-    """
-
-    def __init__(
-        self,
-        host: LocalHost,
-        signals: SignalInbox,
-        lifeline: int | None = None,
-        run_dir: Path | None = None,
-        log_dir: Path | None = None,
-    ) -> None:
-        self._host = host
-        self._signals = signals
-        self._lifeline = lifeline
-        self._run_dir = run_dir
-        self._log_dir = log_dir
-        self._poller = zmq.Poller()
-        for source in (*host.sources, signals.fileno()):
-            self._poller.register(source, zmq.POLLIN)
-        if lifeline is not None:
-            self._poller.register(lifeline, zmq.POLLIN)
-
-    def wait(self, timeout_s: float) -> Sequence[Event]:
-        """Wait at most ``timeout_s`` for events; return them, perhaps none."""
-        readable = dict(self._poller.poll(math.ceil(min(timeout_s, FOLDER_CHECK_S) * 1000)))
-        stops = [StopRequested(number) for number in self._signals.take()]
-        lifeline = self._lifeline
-        if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
-            # A pipe at its end of file stays readable: the loop would spin.
-            self._poller.unregister(lifeline)
-            self._lifeline = None
-            stops.append(StopRequested(signal.SIGHUP, "the process that started this is gone"))
-        lost = []
-        if self._run_dir is not None and not (self._run_dir / CONTROL_SOCKET).exists():
-            lost.append(FolderLost(self._run_dir, is_logs=False))
-            self._run_dir = None
-        if self._log_dir is not None and not self._log_dir.exists():
-            with contextlib.suppress(OSError):
-                self._log_dir.mkdir(mode=0o700, parents=True)
-                lost.append(FolderLost(self._log_dir, is_logs=True))
-        # Read exits before messages: after its exit, all messages of a process have arrived.
-        exits = self._host.exits()
-        return [*lost, *causes_first(stops, exits, self._host.messages())]
-
-
-def causes_first(
-    stops: Sequence[StopRequested],
-    exits: Sequence[ProcessExited],
-    messages: Sequence[MessageReceived],
-) -> list[Event]:
-    """Return simultaneous events in an order that puts causes before their consequences.
-
-    The first failure is reported as the root cause. Processes killed from outside come first, then
-    those that crashed (as ranks do if a rank of their group is gone), then messages, which may
-    report errors, and then exit codes.
-    """
-    # Negative exit codes are signals. ``by_itself`` is False for signals from outside.
-    killed = [gone for gone in exits if gone.returncode < 0]
-    left = [gone for gone in exits if gone.returncode >= 0]
-    return [*stops, *sorted(killed, key=lambda gone: gone.by_itself), *messages, *left]
 
 
 class SignalInbox:
@@ -146,7 +76,64 @@ class SignalInbox:
         return self._reader.fileno()
 
     def take(self) -> list[int]:
-        """Return the signals since the last call, oldest first."""
         with contextlib.suppress(BlockingIOError):
             return [number for number in self._reader.recv(4096) if number in self._before]
         return []
+
+
+@dataclass(eq=False)
+class EventQueue:
+    """Waits for the events of a launch.
+
+    ``lifeline``: read end of a pipe; its end of file requests a stop, because the process that
+    started the launch is gone. ``run_dir``, ``log_dir``: folders whose removal is reported.
+    """
+
+    host: LocalHost
+    signals: SignalInbox
+    lifeline: int | None = None
+    run_dir: Path | None = None
+    log_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._poller = zmq.Poller()
+        for source in (*self.host.sources, self.signals.fileno(), self.lifeline):
+            if source is not None:
+                self._poller.register(source, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        readable = dict(self._poller.poll(math.ceil(min(timeout_s, FOLDER_CHECK_S) * 1000)))
+        stops = [StopRequested(number) for number in self.signals.take()]
+        lifeline = self.lifeline
+        if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
+            # A pipe at its end of file stays readable: the loop would spin.
+            self._poller.unregister(lifeline)
+            stops.append(StopRequested(signal.SIGHUP, "the process that started this is gone"))
+        lost = []
+        if self.run_dir is not None and not (self.run_dir / CONTROL_SOCKET).exists():
+            lost.append(FolderLost(self.run_dir, is_logs=False))
+            self.run_dir = None
+        if self.log_dir is not None and not self.log_dir.exists():
+            with contextlib.suppress(OSError):
+                self.log_dir.mkdir(mode=0o700, parents=True)
+                lost.append(FolderLost(self.log_dir, is_logs=True))
+        # Read exits before messages: after its exit, all messages of a process have arrived.
+        exits = self.host.exits()
+        return [*lost, *causes_first(stops, exits, self.host.messages())]
+
+
+def causes_first(
+    stops: Sequence[StopRequested],
+    exits: Sequence[ProcessExited],
+    messages: Sequence[MessageReceived],
+) -> list[Event]:
+    """Return simultaneous events in an order that puts causes before their consequences.
+
+    The first failure is reported as the root cause. Processes killed from outside come first, then
+    those that crashed (as ranks do if a rank of their group is gone), then messages, which may
+    report errors, and then exit codes.
+    """
+    # Negative exit codes are signals. ``by_itself`` is False for signals from outside.
+    killed = [gone for gone in exits if gone.returncode < 0]
+    left = [gone for gone in exits if gone.returncode >= 0]
+    return [*stops, *sorted(killed, key=lambda gone: gone.by_itself), *messages, *left]

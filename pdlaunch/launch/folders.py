@@ -13,11 +13,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.process.run_dirs import is_locked, take_lock
 
-KEPT_LAUNCHES = 20
-"""Number of log folders to keep in the cache, including the new one.
-
-Log folders of running launches are always kept.
-"""
+KEPT_LAUNCHES = 20  # log folders in the cache, besides those of older running launches
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
@@ -28,10 +24,7 @@ def new_launch_id() -> str:
 
 
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
-    """Create and return the log folder: the configured one, else a new one in the cache.
-
-    Raises ConfigError if it is not writable.
-    """
+    """Create the log folder, by default a new one in the cache. Raises ConfigError."""
     log_dir = (
         Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
     )

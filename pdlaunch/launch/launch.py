@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LaunchOutcome:
-    """Says how a launch ended."""
-
     failure: Failure | None
     report: tuple[str, ...]  # the root cause in at most 20 lines; empty without a failure
     was_ready: bool
@@ -79,10 +77,9 @@ def launch(
 ) -> LaunchOutcome:
     """Convert models, start all processes, serve until a stop is requested, stop all processes.
 
-    Call ``check_platform`` and ``resolved.require_startable`` first. ``listeners``: the sockets of
-    the public address (``ports.listening``); closed once no router will accept connections.
-    ``lifeline``: a descriptor whose end of file requests a stop. ``is_strict``: refuse slow pairs.
-    ``agents``: channel to the agents of other hosts; those of ``joined`` have joined. Raises
+    Call ``check_platform`` and ``resolved.require_startable`` first. ``listeners`` are closed once
+    no router will accept connections. ``lifeline``: a descriptor whose end of file requests a stop.
+    ``is_strict``: refuse slow pairs. ``joined``: hosts whose ``agents`` have joined. Raises
     StartupError and ConfigError if a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name
@@ -141,13 +138,10 @@ def launch(
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
-    """Convert models whose format engines cannot read, once. Raises StartupError.
-
-    A child process does this, because it imports heavy libraries.
-    """
+    """Convert models that engines cannot read, in a child process. Raises StartupError."""
     for model in resolved.conversions:
         command = python_command(
-            "pdlaunch.protocol.process.guarded", "pdlaunch.engine.models.convert", model
+            "pdlaunch.protocol.process.bootstrap", "pdlaunch.engine.models.convert", model
         )
         said = ""
         with subprocess.Popen(
@@ -179,7 +173,6 @@ def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
 def _on_host_change(
     config: LaunchConfig, places: EnginePlaces, observer: Observer, event: Joined | Lost
 ) -> None:
-    """Update the places when a host has joined again or is lost, and tell the user."""
     match event:
         case Joined(join=join):
             settings = {host.name: host for host in config.hosts}[join.name]

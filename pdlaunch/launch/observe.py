@@ -12,7 +12,6 @@ from pdlaunch.config.model_files.identity import refuse_changes
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.events import Event, FolderLost, StopRequested
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
-from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import (
     Action,
     Desired,
@@ -26,6 +25,7 @@ from pdlaunch.launch.state import (
 )
 from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState
 from pdlaunch.protocol import control
+from pdlaunch.protocol.engine_link import engine_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _pair_failed(turn: Turn, process: Instance, pair: control.PairFailed) -> Non
     if pair.fatal and turn.seen.phase is LaunchPhase.STARTING:
         turn.fail(Failure(what, process=process.name, said=pair.error))
         return
-    prefill, decode = engine_of(pair.peer), process.spec.engine
+    prefill, decode = engine_of_rank(pair.peer), process.spec.engine
     text = f"{process.label} cannot reach {pair.peer}: {pair.error}"
     turn.do(control.Happened(text=text, prefill=prefill, decode=decode))
     if pair.fatal and (turn.wanted.joins(prefill) or turn.wanted.joins(decode)):
@@ -284,7 +284,6 @@ def _obey(turn: Turn, command: control.Command, asker: str, plan: PlanChange) ->
 
 
 def _find(seen: Observed, name: str) -> LaunchedEngine:
-    """Return the engine with this name, or with a process of this name."""
     found = seen.find(name)
     engine = None if found is None else seen.engines.get(found[1].spec.engine)
     if engine is None:
@@ -313,10 +312,7 @@ def _restart(turn: Turn, command: control.Restart, answer: control.Answered) -> 
 
 
 def _set_drained(turn: Turn, command: control.SetDrained, answer: control.Answered) -> None:
-    """Withhold new work from an engine, or give it work again; running requests go on.
-
-    The last serving engine is not drained. A repeated command changes nothing.
-    """
+    """Withhold new work from an engine, or give it work again; running requests go on."""
     engine = _find(turn.seen, command.name)
     answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
     verb = "drained" if command.is_drained else "undrained"

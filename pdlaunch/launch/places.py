@@ -18,7 +18,6 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import EngineKind, kind_of
-from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models
@@ -26,6 +25,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PairReady, PlannedChange, PlannedEngine
+from pdlaunch.protocol.engine_link import engine_of_rank
 
 Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
@@ -34,14 +34,11 @@ GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
 
 @dataclass(eq=False)
 class EnginePlaces:
-    """Tracks which hosts are present, and where each engine of the launch is placed.
-
-    ``present``: names of the present hosts, including the supervisor's own.
-    """
+    """Tracks which hosts are present, and where each engine of the launch is placed."""
 
     resolved: ResolvedLaunch
     kind: EngineKind
-    present: set[str]
+    present: set[str]  # names of the present hosts, including the supervisor's own
     clock: Callable[[], float] = time.monotonic
     # By lost host: the instant by which its processes have ended.
     _ended_by: dict[str, float] = field(default_factory=dict)
@@ -85,7 +82,6 @@ class EnginePlaces:
         return True
 
     def _ended_at(self, hosts: Iterable[str]) -> float:
-        """Return the instant by which lost hosts among ``hosts`` have ended their processes."""
         return max((self._ended_by.get(host, 0.0) for host in hosts), default=0.0)
 
     def _placed(self, name: str) -> PlacedEngine:
@@ -95,7 +91,7 @@ class EnginePlaces:
 
     def judged(self, pair: PairReady) -> PairReady:
         """Return a measured pair with ``slow`` set to the findings of the transport rules."""
-        prefill, decode = self._placed(engine_of(pair.peer)), self._placed(engine_of(pair.local))
+        prefill, decode = (self._placed(engine_of_rank(end)) for end in (pair.peer, pair.local))
         measured = transport_of(pair, prefill, decode)
         rules = [rule for rule in self.kind.rules() if "transport" in rule.needs]
         found = run_checks(self.resolved, {}, Probes(transport=(measured,)), rules=rules).findings
@@ -199,7 +195,6 @@ class EnginePlaces:
         return EngineChange(resolved, new, planned, texts)
 
     def _models(self, new: Collection[Role]) -> Models:
-        """Return the models of present and new roles; models already known are not read again."""
         known = {role: engines.model for role, engines in self.resolved.roles.items()}
         if missing := new - known.keys():
             known |= read_models(with_replicas(self.resolved.config, dict.fromkeys(missing, 1)))
@@ -229,10 +224,7 @@ class EnginePlaces:
         busy: Collection[GpuKey],
         home: Sequence[str] = (),
     ) -> dict[Key, EnginePlace] | None:
-        """Return hosts and devices for new engines, or None if one of them has no room.
-
-        ``home``: hosts to use; empty: all present hosts of the role.
-        """
+        """Return places for new engines, on ``home`` or hosts of their roles; None without room."""
         placed: dict[Key, EnginePlace] = {}
         taken = set(busy)
         for key in starts:
@@ -249,10 +241,7 @@ class EnginePlaces:
     def _fit(
         self, key: Key, host: ResolvedHost, places: Places, models: Models, taken: set[GpuKey]
     ) -> EnginePlace | None:
-        """Return the place of an engine on a host, or None if too few of its GPUs are free.
-
-        ``taken``: GPUs of other engines; the GPUs of this engine are added.
-        """
+        """Return a place on a host, whose GPUs are then ``taken``; None if too few are free."""
         tried = self.resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
         engines = tried.by_host[host.name][key[0]]
         if engines.device == "cpu":
@@ -266,9 +255,7 @@ class EnginePlaces:
         return EnginePlace(host.name, devices)
 
     def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
-        """Return the present hosts for a role: hosts with a free core first, and among these first
-        the hosts that run engines to pair with.
-        """
+        """Return the present hosts of a role: those with a free core first, then those of peers."""
         near = {
             place.host
             for (other, _), place in places.items()

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from pdlaunch.errors import StartupError
-from pdlaunch.machine.availability import why_not_listening
+from pdlaunch.machine.network import why_not_listening
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 
 

@@ -180,10 +180,7 @@ def _set_state(unit: Unit, state: ProcessState) -> None:
 
 
 def _left_without(lost: LaunchedEngine, engines: Iterable[LaunchedEngine]) -> list[LaunchedEngine]:
-    """Return the engines that can replace a lost one and were not given up themselves.
-
-    Engines with the role ``both`` can replace any engine, and so can a pair.
-    """
+    """Return the engines that can replace a lost one: of its role, of ``both``, or a pair."""
     working = [each for each in engines if each is not lost and not each.failed_for]
     of = {role: [each for each in working if each.role == role] for role in ROLES}
     pair = of["prefill"] + of["decode"] if of["prefill"] and of["decode"] else []

@@ -6,7 +6,8 @@ Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
@@ -14,12 +15,14 @@ from typing import Literal
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import Role
 from pdlaunch.launch.bootstraps import HEARTBEATS
-from pdlaunch.launch.pairs import Pairs
+from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol import control
+from pdlaunch.protocol.control import PairReady, PairSuspect
+from pdlaunch.protocol.engine_link import engine_of_rank
 
 # States in which the process exists.
 ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
@@ -60,8 +63,6 @@ class Timing:
 
 @dataclass(slots=True)
 class Instance:
-    """Holds the state of one planned process."""
-
     spec: ProcessSpec
     incarnation: int = 0  # counts the starts; 0: never started
     state: ProcessState = ProcessState.PLANNED
@@ -79,7 +80,6 @@ class Instance:
 
     @property
     def label(self) -> str:
-        """Return the name with the host, for messages to users."""
         return on_host(self.name, self.spec.host)
 
     @property
@@ -87,7 +87,6 @@ class Instance:
         return self.state in ALIVE
 
     def begin(self, incarnation: int) -> None:
-        """Reset the state for a new incarnation, which is starting."""
         self.state, self.incarnation = ProcessState.STARTING, incarnation
         self.registration = self.progress = None
         self.error, self.sleep_state = "", "awake"
@@ -138,7 +137,6 @@ class Unit:
         return all(process.state is ProcessState.READY for process in self.processes)
 
     def begin(self, kill_at: float) -> None:
-        """Reset the state for the next incarnation, whose processes are about to be spawned."""
         self.incarnation += 1
         self.cause = self.ready_at = self.start_at = None
         self.is_lost = self.is_killed = False
@@ -149,8 +147,6 @@ class Unit:
 
 @dataclass(slots=True)
 class LaunchedEngine:
-    """Holds the observed state of one engine."""
-
     name: str
     role: Role
     units: list[Unit]
@@ -186,8 +182,6 @@ class LaunchedEngine:
 
 @dataclass(slots=True)
 class Goal:
-    """Holds the desired state of one engine."""
-
     # Why the engine gets no new work. ``joining``: its pairs are not proven yet; ``leaving``: it
     # will be removed.
     withheld: control.Withheld = ""
@@ -216,8 +210,6 @@ class EngineChange:
 
 @dataclass(slots=True)
 class Desired:
-    """Holds the desired state of a launch."""
-
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
     change: EngineChange | None = None
@@ -230,10 +222,71 @@ class Desired:
         return engine in self.engines and self.engines[engine].withheld == "joining"
 
 
+class Pairs:
+    """Holds which pairs of ranks are proven, and which proofs are missing.
+
+    With different TP sizes, a decode rank pulls from only some ranks of a prefill engine. Each
+    proof states from how many (``num_peers``).
+    """
+
+    def __init__(self, plan: Plan, kind: EngineKind) -> None:
+        self._kind = kind
+        self.proven: dict[tuple[str, str], PairReady] = {}
+        self._errors: dict[tuple[str, str], str] = {}
+        self.use(plan)
+
+    def use(self, plan: Plan) -> None:
+        """Compute which pairs must be proven, from the processes of a plan."""
+        self._due = [
+            (process.name, engine)
+            for process in plan.processes
+            if self._kind.proves_pairs(process)
+            for engine in plan.engines("prefill")
+            if process.peers is None or engine in process.peers
+        ]
+
+    def add(self, pair: PairReady) -> None:
+        self.proven[pair.local, pair.peer] = pair
+        self._errors.pop((pair.local, pair.peer), None)
+
+    def fail(self, local: str, peer: str, error: str) -> None:
+        self._errors[local, peer] = error
+
+    def suspect(self, pair: PairSuspect) -> bool:
+        """Drop a proof; return False if it was already dropped or renewed."""
+        proof = self.proven.get((pair.local, pair.peer))
+        if proof is None or proof.peer_incarnation != pair.peer_incarnation:
+            return False
+        del self.proven[pair.local, pair.peer]
+        self.fail(pair.local, pair.peer, pair.error)
+        return True
+
+    def forget(self, name: str) -> None:
+        self.proven = {ends: pair for ends, pair in self.proven.items() if name not in ends}
+
+    def missing(self, among: Iterable[str], of: Collection[str] | None = None) -> list[str]:
+        """Return a text for each unproven pair between the engines ``among``, with its last error.
+
+        ``of``: only pairs that include one of these engines.
+        """
+        there, texts = set(among), []
+        peers: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
+        for pair in self.proven.values():
+            peers[pair.local, engine_of_rank(pair.peer)].append(pair)
+        errors = {(rank, engine_of_rank(peer)): said for (rank, peer), said in self._errors.items()}
+        for local, engine in self._due:
+            ends, proofs = {engine_of_rank(local), engine}, peers[local, engine]
+            # Without a proof, the number of ranks that this one pulls from is not known.
+            num_peers = max((pair.num_peers for pair in proofs), default=1)
+            if ends <= there and (of is None or ends & {*of}) and len(proofs) < num_peers:
+                only = f"a path to only {len(proofs)} of {num_peers} ranks of"
+                error = f": {said}" if (said := errors.get((local, engine))) else ""
+                texts.append(f"{local} has {only if proofs else 'no path to'} {engine}{error}")
+        return texts
+
+
 @dataclass(slots=True)
 class Observed:
-    """Holds the observed state of a launch."""
-
     pairs: Pairs
     started_at: float
     units: list[Unit] = field(default_factory=list)  # router, servers and ranks
@@ -279,7 +332,6 @@ class Observed:
                 self.engines.setdefault(unit.engine, engine).units.append(unit)
 
     def remove(self, name: str) -> None:
-        """Forget an engine whose processes have ended."""
         for unit in self.engines.pop(name).units:
             self.last_incarnations[unit.name] = unit.incarnation
             self.units.remove(unit)
@@ -291,7 +343,6 @@ class Observed:
         return Plan(processes=tuple(p.spec for unit in self.units for p in unit.processes))
 
     def serving(self, wanted: Desired) -> list[LaunchedEngine]:
-        """Return the engines that get new work."""
         return [
             engine
             for name, engine in self.engines.items()
@@ -301,7 +352,6 @@ class Observed:
         ]
 
     def missing_pairs(self) -> list[str]:
-        """Return a text for each unproven pair of engines that were not given up."""
         return self.pairs.missing(
             name for name, engine in self.engines.items() if not engine.is_given_up
         )
@@ -319,8 +369,6 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start the next incarnation of a unit, once its hosts are present."""
-
     unit: str
 
 
@@ -342,14 +390,10 @@ class SendMessage:
 
 @dataclass(frozen=True, slots=True)
 class ForgetEngine:
-    """Drop all records of a removed engine."""
-
     engine: str
 
 
 class Chore(Enum):
-    """Actions without arguments."""
-
     ADD_ENGINES = auto()  # add the processes of the new engines of ``Desired.change``
     CLOSE_LISTENERS = auto()  # close the public sockets: no router will accept connections
 

@@ -18,8 +18,6 @@ _TAIL_BYTES = 256 * 1024
 
 
 class ProcessState(StrEnum):
-    """States of a process."""
-
     PLANNED = "planned"
     STARTING = "starting"
     READY = "ready"
@@ -45,8 +43,6 @@ class LaunchPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """Describes one process to users."""
-
     name: str
     kind: str
     host: str
@@ -57,8 +53,6 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class LaunchStatus:
-    """Describes the launch to users."""
-
     phase: LaunchPhase
     processes: tuple[ProcessStatus, ...]
     pairs: tuple[PairReady, ...] = ()
@@ -89,17 +83,11 @@ class Failure:
     details: Sequence[str] = ()
 
     def report(self, log: Path | None) -> list[str]:
-        """Return at most ``MAX_LINES`` lines: what failed, why, and the path of the log.
-
-        ``log``: the log file of the process.
-        """
+        """Return at most ``MAX_LINES`` lines: what failed, why, and the path of the log."""
         lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
         if log is not None:
-            reason = _with_fix(self.said.strip()) or _why(_tail(log))
-            lines += [
-                *(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))),
-                f"log: {log}",
-            ]
+            reason = _cut(_reason(self.said.strip(), log), MAX_LINES - 1 - len(lines))
+            lines += [*(f"  {line}" for line in reason), f"log: {log}"]
         return [line[:MAX_WIDTH] for line in lines]
 
 
@@ -113,17 +101,15 @@ def _tail(log: Path) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
-def _why(lines: Sequence[str]) -> list[str]:
-    """Return the cause with its fix, else the last ten lines."""
-    cause = find_cause(lines)
-    if cause is None:
-        return list(lines[-10:])
-    return [cause.error, *([f"fix: {cause.fix}"] if cause.fix else [])]
-
-
-def _with_fix(said: str) -> list[str]:
-    fix = known_fix(said)
-    return [*said.splitlines(), *([f"fix: {fix}"] if fix else [])]
+def _reason(said: str, log: Path) -> list[str]:
+    """Return the error of a process, or the cause in its log, with the fix; else the log's end."""
+    error, fix = said, known_fix(said)
+    if not said:
+        tail = _tail(log)
+        if (cause := find_cause(tail)) is None:
+            return tail[-10:]
+        error, fix = cause
+    return [*error.splitlines(), *([f"fix: {fix}"] if fix else [])]
 
 
 def _cut(lines: Sequence[str], num_lines: int) -> list[str]:

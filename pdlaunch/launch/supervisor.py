@@ -17,7 +17,6 @@ from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived
 from pdlaunch.launch.observe import observe
-from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.state import (
@@ -28,6 +27,7 @@ from pdlaunch.launch.state import (
     Goal,
     Instance,
     Observed,
+    Pairs,
     SendMessage,
     SendSignal,
     Start,
@@ -166,7 +166,6 @@ class Supervisor:
         return self.seen.phase is LaunchPhase.STOPPED
 
     def next_tick_at(self) -> float:
-        """Return the instant at which ``tick`` is due if no event comes before."""
         return -math.inf if self.has_changed else self._next_at
 
     def handle(self, event: Event) -> None:
@@ -254,8 +253,11 @@ class Supervisor:
                     self._answers.append(action)
                 case SendMessage(process=name, message=message):
                     self.host.send(name, message)
-                case control.Happened():
-                    self._announce(action)
+                case control.Happened(text=text):
+                    logger.info("%s", text)
+                    self.observer.note(text)
+                    for router in self.seen.routers:
+                        self.host.send(router.name, action)
                 case ForgetEngine(engine=engine):
                     self.places.forget(engine)
                     self.bootstraps.forget(engine)
@@ -286,17 +288,9 @@ class Supervisor:
             if stillborn is not None:
                 self._observe(stillborn)
 
-    def _announce(self, what: control.Happened) -> None:
-        logger.info("%s", what.text)
-        self.observer.note(what.text)
-        for router in self.seen.routers:
-            self.host.send(router.name, what)
-
 
 def drive(
-    supervisor: Supervisor,
-    wait: Callable[[float], Sequence[Event]],
-    clock: Callable[[], float],
+    supervisor: Supervisor, wait: Callable[[float], Sequence[Event]], clock: Callable[[], float]
 ) -> None:
     """Run a launch to its end: wait for events, update the state, perform due actions.
 

@@ -66,7 +66,6 @@ class _Calls:
         return True
 
     def read_int(self, name: str, *arguments: object) -> int:
-        """Call a function that writes an int to its first parameter, and return the int."""
         value = ctypes.c_int()
         self(name, ctypes.byref(value), *arguments)
         return value.value

@@ -1,10 +1,15 @@
-"""Reads facts about this host: cores, memory, missing packages, variables of torch's allocator."""
+"""Reads facts about this host: cores, memory, missing packages, variables of torch's allocator,
+and executables of vLLM, which are not run.
+"""
 
 import ctypes
 import importlib.util
 import os
 import re
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 # torch uses the first of these variables that is set
@@ -54,10 +59,7 @@ def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def memory_bytes() -> int:
-    """Return the bytes of the machine's memory, or of the control group's limit if that is less.
-
-    Raises OSError or ValueError if the size is not known.
-    """
+    """Return the memory of the machine, or the limit of its control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Without a limit, cgroup v2 has "max", and v1 a number that is larger than any memory.
     limits = [first_line(path) for path in _CGROUP_LIMITS]
@@ -106,10 +108,7 @@ def host_identity(proc: Path = Path("/proc")) -> str:
 
 
 def sleep_precisely() -> None:
-    """Make short sleeps of the calling thread end on time instead of up to 50 us late.
-
-    Does nothing if the kernel refuses. Source: prctl(2), PR_SET_TIMERSLACK.
-    """
+    """Make short sleeps of this thread end on time, not up to 50 us late. Source: prctl(2)."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS, 0, 0, 0)
 
 
@@ -124,3 +123,49 @@ def expandable_segments_variable(environ: Mapping[str, str]) -> str | None:
     text = "" if name is None else re.sub(r"\s", "", environ[name])
     values = re.findall(r"(?:^|,)expandable_segments:([^,:\[\]]*)", text)
     return name if values and values[-1].lower() in _MEANT_AS_TRUE else None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """Describes an engine's executable, as far as that is possible without running it."""
+
+    problem: str = ""  # the reason why the executable cannot be run; empty if it can
+    # Version of vLLM in the environment of the script's Python; None: not known
+    version: str | None = None
+
+
+def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:
+    """Find an executable on PATH or by its path, and the version of vLLM that it belongs to."""
+    path = shutil.which(command, path=environ.get("PATH", os.defpath))
+    if path is None:
+        return EngineCommand(problem=_why_not(command))
+    site = _site_packages(Path(path))
+    if site is None:
+        return EngineCommand()
+    # Read the version from metadata: importing vLLM takes seconds and needs its GPU libraries.
+    version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
+    return EngineCommand(version=version)
+
+
+def _why_not(command: str) -> str:
+    if os.sep not in command:
+        return "it is not on PATH"
+    path = Path(command)
+    if path.is_dir():
+        return "it is a folder"
+    return "this user may not execute it" if path.exists() else "there is no such file"
+
+
+def _site_packages(script: Path) -> Path | None:
+    """Return site-packages of the Python in a console script's first line; None if not found."""
+    try:
+        with script.open("rb") as file:
+            first = file.readline(4096).decode(errors="replace")
+    except OSError:
+        return None
+    interpreter = first.removeprefix("#!").strip()
+    if not first.startswith("#!/") or " " in interpreter:
+        return None
+    # Do not resolve links: the python of a virtual environment links to a folder outside of it.
+    root = Path(interpreter).parent.parent
+    return next((path for path in sorted(root.glob("lib/python3*/site-packages"))), None)

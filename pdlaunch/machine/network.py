@@ -1,13 +1,15 @@
-"""Finds addresses of this machine, and inspects and restricts TCP sockets through the kernel."""
+"""Finds addresses and free ports of this machine; inspects and restricts TCP sockets."""
 
+import contextlib
 import ctypes
+import errno
 import ipaddress
 import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import psutil
 
@@ -48,15 +50,6 @@ def device_of(address: str) -> str | None:
     )
 
 
-def is_address(text: str) -> bool:
-    """Return True for an IP address, False for a name."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def with_device_names(devices: str) -> str:
     """Replace the IP addresses in a list by the names of the network devices that have them.
 
@@ -65,8 +58,8 @@ def with_device_names(devices: str) -> str:
     """
     names = []
     for name in devices.split(","):
-        if is_address(name):
-            device = device_of(name)
+        with contextlib.suppress(ValueError):
+            device = device_of(str(ipaddress.ip_address(name)))
             if device is None:
                 raise LookupError(f"no network device of this host has the address {name}")
             name = device
@@ -197,3 +190,51 @@ def _lines(tables: tuple[Path, ...]) -> Iterator[list[str]]:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2], 16)
+
+
+NOT_HERE = "it is not an address of this machine"  # how the reason begins if any port would fail
+
+
+def probe_port(host: str, port: int) -> str:
+    """Return why a server cannot listen on an address; empty if it can. Port 0 checks the host."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name may have several addresses, and a server listens on all of them.
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                # Servers set this option too, so connections in TIME_WAIT do not block the port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    # Servers set this option too, so a listener on IPv4 does not matter here.
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except (OSError, UnicodeError, ValueError) as error:
+        return why_not_listening(port, error)
+    return ""
+
+
+def why_not_listening(port: int, error: OSError | UnicodeError | ValueError) -> str:
+    """Return the reason of an error from binding an address, for people."""
+    if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
+        return f"{NOT_HERE} ({getattr(error, 'strerror', None) or error})"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"it is busy{_holder(port)}"
+        case errno.EACCES:
+            return "ports below 1024 need privileges"
+        case errno.EADDRNOTAVAIL:
+            return NOT_HERE
+        case _:
+            return error.strerror or str(error)
+
+
+def _holder(port: int) -> str:
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.net_connections(kind="tcp"):
+            listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port
+            if listens and each.pid:
+                process = psutil.Process(each.pid)
+                words = [PurePath(word).name.partition(".")[0] for word in process.cmdline()[:4]]
+                name = "another launch of pdlaunch" if "pdlaunch" in words else process.name()
+                return f" (held by {name}, pid {each.pid})"
+    return ""

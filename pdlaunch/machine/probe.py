@@ -89,22 +89,16 @@ def probe_machine() -> Machine:
         driver_error=driver_error,
         shm_bytes=shm_bytes,
         shm_free_bytes=shm_free_bytes,
-        rdma_devices=_rdma_devices(),
+        rdma_devices=tuple(sorted(path.name for path in RDMA_FOLDER.glob("*"))),
         unknown=unknown,
     )
 
 
 def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """Return the GPUs of the driver, and the reason if there are none."""
     try:
         return read_gpus(), ""
     except DriverError as error:
         return (), str(error)
-
-
-def _rdma_devices() -> tuple[str, ...]:
-    folder = RDMA_FOLDER
-    return tuple(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ()
 
 
 def _has_pci_gpus() -> bool:

@@ -30,8 +30,6 @@ _OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
 
 @dataclass(frozen=True, slots=True)
 class AssumedMachine:
-    """Holds a machine that a profile describes."""
-
     name: str
     machine: Machine
     about: str  # a description of the machine and of the assumptions, for messages
@@ -39,8 +37,6 @@ class AssumedMachine:
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """Describes a server with equal GPUs."""
-
     about: str
     gpu: Gpu
     machine: Machine  # the server without its GPUs
@@ -107,8 +103,7 @@ def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
     assert server is not None
     count = number or server.num_gpus
     machine = replace(
-        server.machine,
-        gpus=tuple(replace(server.gpu, index=index) for index in range(count)),
+        server.machine, gpus=tuple(replace(server.gpu, index=index) for index in range(count))
     )
     imex = "an IMEX channel, so" if server.gpu.has_fabric_handles else "no IMEX channel, so no"
     granted = f"a driver with CuMem pools; {imex} fabric handles; no other process on the GPUs"

@@ -76,9 +76,7 @@ HISTOGRAMS: Mapping[str, HistogramFamily] = {
     ),
     "kv_pull_bytes": HistogramFamily(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull.", _PULL),
     "kv_pull_bytes_per_second": HistogramFamily(
-        PULL_BUCKETS_BYTES_PER_S,
-        "Speed of the READs of a pull, without messages and proof.",
-        _PULL,
+        PULL_BUCKETS_BYTES_PER_S, "Speed of the READs of a pull, without messages and proof.", _PULL
     ),
 }
 # fmt: off

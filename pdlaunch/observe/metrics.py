@@ -137,7 +137,6 @@ class RequestMetrics(Collector):
         yield tokens
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the metrics whose names the registry reserves."""
         return self.collect()
 
 

@@ -65,7 +65,6 @@ class SpanReport(msgspec.Struct, kw_only=True):
     num_dropped: int = 0  # spans beyond ``MAX_SPANS``
 
     def placed(self, sent_at: float, received_at: float, process: str) -> list[Span]:
-        """Return the spans on the caller's clock, on which it sent and received as given."""
         start_at = sent_at + self.clock_error_s(sent_at, received_at)
         return [span.moved(start_at, process) for span in self.spans]
 

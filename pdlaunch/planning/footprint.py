@@ -41,14 +41,12 @@ class Footprint:
 
     @property
     def num_blocks(self) -> int | None:
-        """Return the number of KV blocks of the rank; None if known only after start."""
         if self.layout is None or self.kv_cache_bytes is None:
             return None
         return self.kv_cache_bytes // self.layout.block_bytes
 
     @property
     def min_kv_bytes(self) -> int:
-        """Return the bytes of KV cache that the longest request needs."""
         return self.kv_bytes_for(self.max_model_len)
 
     @property
@@ -74,10 +72,7 @@ class Footprint:
         return low * size
 
     def arithmetic(self) -> str:
-        """Return the sum of the parts for a message.
-
-        Example: ``weights 1.2 GiB + activations 30 MiB + KV cache 1 GiB = 2.2 GiB``.
-        """
+        """Return the sum for a message: ``weights 1.2 GiB + KV cache 1 GiB = 2.2 GiB``."""
         parts = {"weights": self.weight_bytes, "activations": self.activation_bytes}
         known = " + ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
         kv, total = format_size(self.kv_bytes), format_size(self.total_bytes)

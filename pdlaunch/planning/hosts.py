@@ -8,8 +8,8 @@ from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.hosts import LOCAL, HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.facts import Fact, Machine
+from pdlaunch.machine.host import EngineCommand
 from pdlaunch.machine.network import default_address
 from pdlaunch.machine.profiles import find_machine
 

@@ -1,12 +1,17 @@
-"""Reads the models of a configuration before any process starts."""
+"""Replaces ``engine: auto`` (vLLM if it is installed, else native engines), and reads the models of
+a configuration before any process starts.
+"""
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pdlaunch.config.model_files.download import Fetch
-from pdlaunch.config.model_files.find import NotDownloadedError, is_on_hub, resolve_model
+from pdlaunch.config.model_files.find import ALIASES, NotDownloadedError, is_on_hub, resolve_model
 from pdlaunch.config.model_files.shape import (
     ModelShape,
     keeps_state,
@@ -15,9 +20,66 @@ from pdlaunch.config.model_files.shape import (
 )
 from pdlaunch.config.model_files.weights import check_files, check_gguf
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import HOW_TO_GET_VLLM, ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
-from pdlaunch.planning.engine_choice import choose_engine
+
+
+class EngineChoice(NamedTuple):
+    """Holds the settings with ``auto`` replaced, and the reason (empty if nothing was ``auto``)."""
+
+    config: LaunchConfig
+    reason: str
+
+
+def choose_engine(config: LaunchConfig, environ: Mapping[str, str]) -> EngineChoice:
+    """Replace ``auto`` by a kind of engine, depending on the executables of this host.
+
+    Replace ``engine_command`` by its path if it is in the active environment but not on PATH.
+    """
+    auto = [role for role in ROLES if getattr(config.role(role), "engine", None) == "auto"]
+    path = _find_beside_python(config.engine_command, environ)
+    command = {} if path is None else {"engine_command": path}
+    if config.engine != "auto" and not auto:
+        uses_command = config.engine == "vllm" and command
+        return EngineChoice(config.model_copy(update=command) if uses_command else config, "")
+    name, reason = _choose(config, path or shutil.which(config.engine_command, path=_path(environ)))
+    changed: dict[str, object] = {
+        role: config.role(role).model_copy(update={"engine": name}) for role in auto
+    }
+    if config.engine == "auto":
+        changed["engine"] = name
+    if name == "vllm":
+        changed |= command
+    return EngineChoice(config.model_copy(update=changed), f"{name}, because {reason}")
+
+
+def _choose(config: LaunchConfig, path: str | None) -> tuple[EngineName, str]:
+    others = "native engines: --engine native"
+    for_vllm = [
+        name for name in ("engine_command", "engine_args") if name in config.model_fields_set
+    ]
+    if for_vllm:
+        return "vllm", f"{for_vllm[0]} is set; {others}"
+    if config.model in ALIASES:
+        found = "--engine vllm" if path else HOW_TO_GET_VLLM
+        return "native", f"{config.model} is the demo model; vLLM: {found}"
+    if path is None:
+        return "native", f"no {config.engine_command} was found; vLLM: {HOW_TO_GET_VLLM}"
+    return "vllm", f"{path} is installed; {others}"
+
+
+def _find_beside_python(command: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a command in the active environment; None if on PATH, or not found."""
+    if os.sep in command or shutil.which(command, path=_path(environ)):
+        return None
+    # Do not resolve links: the python of a virtual environment links to a folder outside of it.
+    active = [environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if environ.get(name)]
+    folders = [Path(sys.executable).parent, *(Path(folder, "bin") for folder in active)]
+    return shutil.which(command, path=os.pathsep.join(map(str, folders)))
+
+
+def _path(environ: Mapping[str, str]) -> str:
+    return environ.get("PATH", os.defpath)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +135,14 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
 
 def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
     """Read the models for a launch on another machine; this machine may lack some of them."""
-    return {role: _elsewhere(model) for role, model in read_models(config, fetch).items()}
-
-
-def _elsewhere(model: Model) -> Model:
-    # Keep the error of a model that this machine has: it is the same on all machines.
-    found = isinstance(model.error, UnsupportedModelError) or Path(model.name).expanduser().exists()
-    if model.error is None or found:
-        return model
-    return replace(model, error=None, pending=f"{model.error}, on this machine", elsewhere=True)
+    models = read_models(config, fetch)
+    for role, model in models.items():
+        # Keep the error of a model that this machine has: it is the same on all machines.
+        is_here = Path(model.name).expanduser().exists()
+        if model.error and not (is_here or isinstance(model.error, UnsupportedModelError)):
+            pending = f"{model.error}, on this machine"
+            models[role] = replace(model, error=None, pending=pending, elsewhere=True)
+    return models
 
 
 def weight_error(model: Model) -> ConfigError | None:

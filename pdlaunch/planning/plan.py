@@ -1,9 +1,7 @@
 """Describes the processes of a launch before they start. ``launch/engines/plan.py`` plans them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 
@@ -44,14 +42,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     processes: tuple[ProcessSpec, ...]
 
-    def shown(self) -> Plan:
-        """Return the plan for printing: values of variables named like a secret are masked."""
-        return Plan(
-            processes=tuple(
-                msgspec.structs.replace(p, environment=mask_environment(p.environment))
-                for p in self.processes
-            )
-        )
+    def shown(self) -> Self:
+        masked = (mask_environment(process.environment) for process in self.processes)
+        pairs = zip(self.processes, masked, strict=True)
+        shown = [msgspec.structs.replace(process, environment=env) for process, env in pairs]
+        return msgspec.structs.replace(self, processes=tuple(shown))
 
     def engines(self, role: Role) -> list[str]:
         return list(dict.fromkeys(p.engine for p in self.processes if p.role == role))

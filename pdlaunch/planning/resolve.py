@@ -18,14 +18,11 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sources import shown_config
 from pdlaunch.machine.facts import Machine
-from pdlaunch.planning.engine_choice import choose_engine
 from pdlaunch.planning.hosts import ResolvedHost, one_host
-from pdlaunch.planning.models import Model, read_models
+from pdlaunch.planning.models import Model, choose_engine, read_models
 from pdlaunch.planning.plan import mask_environment
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine, Places, place_roles
-
-THIS_HOST = LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,6 @@ class ResolvedLaunch:
 
     @property
     def spans_hosts(self) -> bool:
-        """Return True if the launch has several hosts."""
         return len((self.whole or self).hosts) > 1
 
     @property
@@ -98,14 +94,12 @@ class ResolvedLaunch:
 
     @property
     def conversions(self) -> tuple[str, ...]:
-        """Return the names of models that must be converted before processes start."""
         models = [engines.model for engines in self.roles.values()]
         pending = [model.name for model in models if model.pending and not model.on_hub]
         return tuple(dict.fromkeys(pending))
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
-        """Return the addresses of the router and of engines with a fixed port."""
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         engines = (
             ListenAddress(
@@ -122,11 +116,7 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """Return the model's name in the API; empty without engines.
-
-        The default is the alias, the name on the hub, or the name of the directory or of the .gguf
-        file without its ending.
-        """
+        """Return the model's name in the API: set, on the hub, or of its files; perhaps empty."""
         engines = next(iter(self.roles.values()), None)
         if engines is None:
             return ""
@@ -137,10 +127,7 @@ class ResolvedLaunch:
         return self.config.served_model_name or own
 
     def require_startable(self) -> None:
-        """Raise ConfigError for a model that cannot be served. Rules check everything else.
-
-        Models that have to be converted pass: ``after_conversion`` checks them afterwards.
-        """
+        """Raise ConfigError for a model that cannot be served; one to be converted passes."""
         for engines in self.roles.values():
             if engines.model.error is not None:
                 raise engines.model.error
@@ -157,7 +144,6 @@ class ResolvedLaunch:
 
     @property
     def places(self) -> Places:
-        """Return the hosts and devices of every engine."""
         return {(engine.engines.role, engine.index): engine.place for engine in self.engines}
 
     def with_engines(
@@ -172,10 +158,7 @@ class ResolvedLaunch:
         return resolve_on(self.config, hosts, self.environ, places=self.places)
 
     def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
-        """Return the spec for the processes of one native engine.
-
-        The launch must be startable and its models converted.
-        """
+        """Return the spec of a native engine. The launch is startable, its models are converted."""
         engines = engine.engines
         assert engines.model.path is not None
         assert engines.footprint is not None
@@ -210,11 +193,7 @@ def resolve(
     environ: Mapping[str, str],
     models: Mapping[Role, Model] | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration. Never raises: values that cannot be derived are None.
-
-    ``machines``: facts about each host by name, the supervisor's own first. ``environ``: the
-    supervisor's environment. ``models``: the model of each role; read from disk when None.
-    """
+    """Resolve a configuration like ``resolve_on``, on machines by name."""
     return resolve_on(config, one_host(machines, environ), environ, models)
 
 
@@ -225,9 +204,10 @@ def resolve_on(
     models: Mapping[Role, Model] | None = None,
     places: Places | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration like ``resolve``, on hosts.
+    """Resolve a configuration. Never raises: values that cannot be derived are None.
 
-    ``places``: hosts and devices of engines, if they are placed already.
+    ``hosts``: the supervisor's own first. ``environ``: the supervisor's. ``models``: read from
+    disk when None. ``places``: hosts and devices of engines, if they are placed already.
     """
     config, reason = choose_engine(config, environ)
     found = read_models(config) if models is None else models

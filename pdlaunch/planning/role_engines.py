@@ -16,9 +16,8 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.vllm_arguments import long_name
-from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.machine.facts import VISIBLE_DEVICES, Gpu, Machine, VisibleGpus, visible_gpus
 from pdlaunch.machine.host import expandable_segments_variable
-from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.planning.footprint import Footprint, make_footprint, outline_of_shape
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
@@ -85,7 +84,6 @@ class RoleEngines:
 
     @property
     def num_ranks(self) -> int:
-        """Return the number of ranks that these engines have on their host."""
         return self.replicas * self.settings.ranks_per_node
 
     @property
@@ -116,7 +114,6 @@ class RoleEngines:
 
     @property
     def host_tier_bytes(self) -> int:
-        """Return the host memory of one rank for KV blocks, in bytes; 0 without a host tier."""
         return self.settings.kv_offload.host_memory
 
     @property
@@ -127,11 +124,9 @@ class RoleEngines:
 
     @cached_property
     def arguments(self) -> Mapping[str, JsonValue]:
-        """Return the flags of vLLM in ``engine_args``, by their long names."""
         return {long_name(key): value for key, value in self.settings.engine_args.items()}
 
     def has_argument(self, *names: str) -> bool:
-        """Return True if ``engine_args`` has one of these flags of vLLM."""
         return not self.arguments.keys().isdisjoint(names)
 
     def where(self, name: str) -> str:
@@ -177,7 +172,6 @@ class RoleEngines:
 
     @property
     def max_model_len(self) -> int | None:
-        """Return the tokens of the longest request, at most max_position_embeddings."""
         if self.shape is None:
             return self.settings.max_model_len
         limit = self.shape.max_position_embeddings
@@ -195,7 +189,7 @@ class RoleEngines:
         if self.device != "cpu":
             return self.settings.kv_cache_memory
         num_bytes = self.settings.kv_cache_memory or CPU_KV_CACHE_BYTES
-        return num_bytes if self.is_native else whole_gibibytes(num_bytes)
+        return num_bytes if self.is_native else max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
     @property
     def num_threads(self) -> int:
@@ -221,7 +215,6 @@ class RoleEngines:
 
     @property
     def allocator(self) -> Allocator:
-        """Return the allocator of the KV cache."""
         if self.device == "cpu":
             return "host"
         if self.cumem_allocator:
@@ -283,7 +276,6 @@ class RoleEngines:
 
     @property
     def num_blocks(self) -> int | None:
-        """Return the number of KV blocks of one rank; None if known only after start."""
         return None if self.footprint is None else self.footprint.num_blocks
 
     def derived(self) -> dict[str, object]:
@@ -343,14 +335,9 @@ class RoleEngines:
 
     @property
     def ucx_transports(self) -> tuple[str, ...]:
-        """Return the transports in a rank's UCX_TLS."""
         return tuple(self.environment.get("UCX_TLS", "").split(","))
 
     # Single engines, and the devices of their ranks.
-
-    def engine_name(self, index: int) -> str:
-        """Return the name of one engine, which is unique in the launch and kept over restarts."""
-        return f"{self.role}-{index}"
 
     def http_port(self, index: int) -> int:
         """Return the HTTP port of one engine; 0 if its server takes and registers a free port."""
@@ -400,18 +387,9 @@ def device_kind(settings: EngineSettings, machine: Machine, visible: VisibleGpus
 GIBIBYTE = 1024**3
 
 
-def whole_gibibytes(num_bytes: int) -> int:
-    """Return the size that vLLM gives a KV cache of ``num_bytes`` on a CPU: whole GiB."""
-    return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
-
-
 # Variables of vLLM that only pdlaunch sets: `env` cannot override them
 OWN_VARIABLES = frozenset(
-    {
-        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST",
-        "VLLM_SERVER_DEV_MODE",
-    }
+    {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_SERVER_DEV_MODE"}
 )
 
 

@@ -106,7 +106,7 @@ class PlacedEngine:
 
     @property
     def name(self) -> str:
-        return self.engines.engine_name(self.index)
+        return f"{self.engines.role}-{self.index}"
 
     @property
     def place(self) -> EnginePlace:

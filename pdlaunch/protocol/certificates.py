@@ -74,7 +74,6 @@ class CertificateFiles(NamedTuple):
 
     @classmethod
     def given(cls, certfile: str | None, keyfile: str | None) -> CertificateFiles | None:
-        """Return the files that the settings name, or None without a certificate."""
         return None if certfile is None else cls(certfile, keyfile)
 
     def context(self) -> ssl.SSLContext:
@@ -102,7 +101,6 @@ class CertificateFiles(NamedTuple):
             raise ConfigError(text, field="ssl_certfile", value=self.certfile, fix=fix) from None
 
     def contents(self) -> list[bytes] | None:
-        """Return the contents of the files, or None if one cannot be read."""
         try:
             return [Path(file).read_bytes() for file in self if file]
         except OSError:

@@ -4,7 +4,10 @@ A process registers its addresses and reports its state. On every change the sup
 whole registry, with a version that grows.
 """
 
+import bisect
+import hashlib
 import math
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -74,7 +77,6 @@ class Capabilities(Message, tag=False):
 
     @property
     def can_continue(self) -> bool:
-        """Return True if the engine can continue after output tokens of another engine."""
         return self.continues or not self.is_vllm
 
 
@@ -310,3 +312,29 @@ FromSupervisor = Registry | Suspects | Drain | Stop | Answered | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)
+
+
+MAX_PEERS = 8  # engines of the other role that an engine chooses; others may choose it as well
+
+Pair = tuple[str, str]  # names of a prefill and a decode engine
+
+
+def due_pairs(prefill: Collection[str], decode: Collection[str]) -> set[Pair]:
+    """Return the pairs to use. Each engine has at least ``MAX_PEERS`` peers, or all engines of the
+    other role. An engine that comes or goes changes few pairs of the others.
+    """
+    pairs = set(_followers(prefill, decode))
+    return pairs | {(first, second) for second, first in _followers(decode, prefill)}
+
+
+def _followers(names: Collection[str], others: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name with the ``MAX_PEERS`` others that follow it on a ring ordered by hashes."""
+    ring = sorted((_place(other), other) for other in others)
+    for name in names:
+        first = bisect.bisect(ring, (_place(name), name))
+        for step in range(min(MAX_PEERS, len(ring))):
+            yield name, ring[(first + step) % len(ring)][1]
+
+
+def _place(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()

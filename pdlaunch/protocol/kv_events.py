@@ -33,10 +33,7 @@ kv_blocks: Codec[KVBlocks] = Codec(KVBlocks)
 
 
 class HeldBlocks:
-    """The prefixes that one data parallel rank holds.
-
-    Any message may be lost, repeated, late or false.
-    """
+    """Holds the prefixes of one data parallel rank. Any message may be lost, late or false."""
 
     def __init__(self, dp_rank: int = 0) -> None:
         self.dp_rank = dp_rank
@@ -46,7 +43,6 @@ class HeldBlocks:
         self._keys: dict[Tier, set[int]] = {tier: set() for tier in TIERS}
 
     def __len__(self) -> int:
-        """Return the number of blocks on the device."""
         return len(self._keys["device"])
 
     def apply(self, change: KVBlocks) -> None:

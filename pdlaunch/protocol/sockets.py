@@ -69,10 +69,7 @@ class SecureContext:
     def listen(
         self, kind: int, endpoint: str, *, socket_class: type | None = None
     ) -> tuple[Any, str]:
-        """Bind a socket; return the socket and its endpoint.
-
-        ``endpoint``: ``tcp://127.0.0.1:0`` picks a free port, ``ipc:///path`` a file.
-        """
+        """Bind a socket at ``tcp://127.0.0.1:0`` (a free port) or ``ipc:///path``; return both."""
         socket = self._socket(kind, socket_class, endpoint)
         socket.curve_server = True
         socket.curve_secretkey = self._keys.secret.encode()

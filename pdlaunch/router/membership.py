@@ -20,15 +20,17 @@ from pdlaunch.errors import ProtocolError, RequestError
 from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
 from pdlaunch.protocol.control import (
+    MAX_PEERS,
     Address,
     Capabilities,
     Entry,
     ListedState,
+    Pair,
     PairReady,
     PairSuspect,
     Registry,
+    due_pairs,
 )
-from pdlaunch.protocol.due_pairs import MAX_PEERS, Pair, due_pairs
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool

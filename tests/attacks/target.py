@@ -16,8 +16,7 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.attacks.verdict import Verdict
 from tests.e2e.agreement import await_idle, engines_of

@@ -5,7 +5,7 @@ from typing import Any
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair
-from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.machine.host import EngineCommand
 from tests.checks.contexts import CPU, GPU, SHAPE, Case, on
 
 LATENT = {"shapes": (replace(SHAPE, is_latent=True, num_kv_heads=1),) * 2}

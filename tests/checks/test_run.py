@@ -9,7 +9,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.places import findings_of, refuse_errors
-from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.machine.host import EngineCommand
 from pdlaunch.machine.profiles import find_machine
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve

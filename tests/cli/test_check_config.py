@@ -13,7 +13,7 @@ from typer.testing import Result
 from pdlaunch.checks import probed
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_flags
-from pdlaunch.machine import availability
+from pdlaunch.machine import network
 from pdlaunch.machine.profiles import PROFILES
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -66,7 +66,7 @@ def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
 
 
 def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = {9000: "it is busy", 9101: "it is busy", 8000: availability.NOT_HERE}
+    problems = {9000: "it is busy", 9101: "it is busy", 8000: network.NOT_HERE}
     monkeypatch.setattr(probed, "probe_port", lambda host, port: problems.get(port, ""))
     assert "PD420 host" in check().stdout
     result = check("--port", 9000)

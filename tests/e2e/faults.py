@@ -9,8 +9,7 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import await_idle
 from tests.e2e.conftest import clean_environ, launched

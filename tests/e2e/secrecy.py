@@ -6,8 +6,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 
-from pdlaunch.launch.client.admin import read_requests, reading_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, read_requests, reading_api
 from pdlaunch.launch.client.deployment import Deployment
 
 SHORTEST = 12

@@ -22,8 +22,7 @@ from prometheus_client import CollectorRegistry
 from pdlaunch import __version__
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.lifecycle import make_app
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment, held_port
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.agreement import differences, engines_of

@@ -16,7 +16,7 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.machine.availability import probe_port
+from pdlaunch.machine.network import probe_port
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import await_ready, clients, complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched

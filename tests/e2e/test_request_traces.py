@@ -9,8 +9,7 @@ import msgspec
 import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.admin import read_trace, reading_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, read_trace, reading_api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.protocol.status import RequestTrace
 from tests.e2e.api import post_text

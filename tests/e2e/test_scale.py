@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.admin import admin_api, own_launches
+from pdlaunch.launch.client.api import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.command_line import invoke
 from tests.e2e.agreement import engines_of

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.client.admin import admin_api, command_launch, own_launches
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api, command_launch, own_launches
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.command_line import invoke
 from tests.e2e.api import complete, states

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.launch.client.admin import own_launches
+from pdlaunch.launch.client.api import own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.cli.terminal import Terminal
 from tests.e2e.api import streamed

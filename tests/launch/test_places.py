@@ -10,13 +10,12 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
-from pdlaunch.launch.state import Observed
+from pdlaunch.launch.state import Observed, Pairs
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
+from pdlaunch.planning.resolve import resolve, resolve_on
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import ChangeEngines
 from tests.config.model_files.files import tiny_model
@@ -237,8 +236,8 @@ def test_a_measured_pair_is_judged_by_its_link(
     """``settings``: None for a launch over hosts."""
     places = Deployment(**SPREAD).places
     if settings is not None:
-        launch = resolve(LaunchConfig.model_validate(settings), {THIS_HOST: machine}, {})
-        places = EnginePlaces(launch, kind_of(launch), {THIS_HOST})
+        launch = resolve(LaunchConfig.model_validate(settings), {"local": machine}, {})
+        places = EnginePlaces(launch, kind_of(launch), {"local"})
     pair = pair_ready("decode-0/rank-0", "prefill-0/rank-0", 1)
     slow = places.judged(msgspec.structs.replace(pair, path="nixl/UCX", gigabytes_per_s=speed)).slow
     assert bool(slow) is bool(words)

@@ -5,10 +5,9 @@ import signal
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.hosts.local import MessageReceived
-from pdlaunch.launch.pairs import Pairs
+from pdlaunch.launch.state import Pairs
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import Happened, PairFailed, Ready, Register, Registry
-from pdlaunch.protocol.due_pairs import MAX_PEERS
+from pdlaunch.protocol.control import MAX_PEERS, Happened, PairFailed, Ready, Register, Registry
 from tests.launch.fakes import World, make_plan, pair_ready, serving
 
 RANK, PEER = "decode-0/rank-0", "prefill-0/rank-0"

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.machine.facts import Gpu
-from pdlaunch.machine.visible_gpus import visible_gpus
+from pdlaunch.machine.facts import Gpu, visible_gpus
 
 TWO = (Gpu(0, "NVIDIA H200"), Gpu(1, "NVIDIA H200"))
 UUIDS = "GPU-d787c64f-a7b3-89bf-1c2b-44a0524139fd,GPU-696b7a86-ce15-a598-b879-e0a7533c23ed"

@@ -30,7 +30,7 @@ print(json.dumps(differences(sys.argv[1])))
 """
 _ALONE = """
 import json, sys
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import admin_api
 engine = admin_api(sys.argv[1]).engine(sys.argv[2])
 print(json.dumps([engine.post("/v1/completions", body)[1] for body in json.load(sys.stdin)]))
 """

@@ -8,8 +8,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Machine
-from pdlaunch.planning.engine_choice import choose_engine
-from pdlaunch.planning.models import fetch_weights, read_models
+from pdlaunch.planning.models import choose_engine, fetch_weights, read_models
 from tests.config.model_files.files import cached_model
 from tests.planning.test_resolve import write_model
 

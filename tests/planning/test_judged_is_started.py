@@ -151,7 +151,7 @@ def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: Resolve
         expected = derived[name] if name in derived else getattr(engines.settings, name)
         assert getattr(spec, name) == ({} if name == "env" else expected), name
     index = int(spec.name.rpartition("-")[2])
-    assert spec.name == engines.engine_name(index)
+    assert spec.name == f"{engines.role}-{index}"
     placed = {engine.name: engine for engine in launch.engines}
     assert spec.device_indices == placed[spec.name].device_indices
     assert spec.tensor_parallel_size == engines.tp_size

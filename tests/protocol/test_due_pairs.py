@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
+from pdlaunch.protocol.control import MAX_PEERS, due_pairs
 
 NAMES = st.integers(0, 30)
 

@@ -22,7 +22,7 @@ from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
 from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.launch.engines.plan import capabilities_over_http
-from pdlaunch.protocol.due_pairs import Pair, due_pairs
+from pdlaunch.protocol.control import Pair, due_pairs
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pdlaunch.config.model_files.find import resolve_model
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.vllm.conftest import running_engines

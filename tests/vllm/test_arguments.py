@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from pdlaunch.config.vllm_arguments import ALIASES, KV_EVENTS, OURS, REFUSED, long_name
-from pdlaunch.machine.engine_commands import find_engine_command
+from pdlaunch.machine.host import find_engine_command
 
 
 @pytest.fixture(scope="module")

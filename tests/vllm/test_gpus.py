@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdlaunch.launch.client.admin import admin_api, command_engines
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api, command_engines
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete
 from tests.e2e.waiting import await_true

@@ -10,7 +10,7 @@ from openai import OpenAI
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.watch.engine_api import Counts
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.sidecar.engine import with_events_at
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents
 from pdlaunch.protocol.kv_events import HeldBlocks

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ

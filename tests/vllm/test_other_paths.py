@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.mooncake import mooncake_problem

@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import held_port
 from pdlaunch.launch.sidecar.engine import die_with_thread
 from tests.e2e.api import complete

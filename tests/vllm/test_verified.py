@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from pdlaunch.http.watch.canary import REMOTE_DECODE
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.waiting import await_true

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.client.deployment import held_port
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, greedy_body

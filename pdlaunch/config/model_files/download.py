@@ -58,7 +58,7 @@ def fetch_part(name: str, revision: str | None, part: Part) -> int | None:
     if is_offline() or (part == "weights" and _has_weights(name, revision)):
         return None
     revision = revision or "main"
-    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", __spec__.name]
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.bootstrap", __spec__.name]
     # Progress bars are useless for small files and in logs.
     is_shown = part != "description" and sys.__stderr__ is not None and sys.__stderr__.isatty()
     with subprocess.Popen(

@@ -40,7 +40,6 @@ class Deployment:
     start_s: float = 0.0  # time between the command and the first ``/health`` 200
 
     def output(self) -> str:
-        """Return the output of ``pdlaunch serve`` so far."""
         return self.output_file.read_text(errors="replace")
 
     def processes(self) -> dict[str, psutil.Process]:
@@ -90,9 +89,8 @@ def running_deployment(
 ) -> Iterator[Deployment]:
     """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
 
-    ``port``: None: a free port. ``is_tls``: ``arguments`` have a certificate for ``host``.
-    ``log_dir``: folder for log files; None: a temporary folder, which is removed at the end. Raises
-    StartupError with the output if the deployment ends or is not healthy in time.
+    ``is_tls``: ``arguments`` have a certificate for ``host``. ``log_dir``: by default a temporary
+    folder. Raises StartupError with the output if it ends or is not healthy in time.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))

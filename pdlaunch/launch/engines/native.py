@@ -16,14 +16,10 @@ _OF_ALL_KINDS = ("PD610", "PD614", "PD615")
 
 
 class NativeEngine:
-    """Engine kind of pdlaunch's own engines, whose processes use the control channel themselves."""
-
     name = "native"
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
-        """Plan the ranks of one engine, then its server. The server has the engine's name,
-        registers the URL for the router, and sends Ready, Drained and so on for the engine.
-        """
+        """Plan the ranks of one engine, then its server, which registers and reports for it."""
         name, role = engine.name, engine.engines.role
         ranks = [
             ProcessSpec(
@@ -58,9 +54,7 @@ class NativeEngine:
         return (*ranks, server)
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Return True for decode ranks: each one handshakes with the prefill ranks that it pulls
-        from, which proves the paths to their engines.
-        """
+        """Return True for decode ranks, whose handshakes prove the paths to prefill engines."""
         return process.kind == "rank" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
@@ -68,7 +62,6 @@ class NativeEngine:
         return Capabilities(version=__version__, max_num_seqs=spec.max_num_seqs)
 
     def rules(self) -> Sequence[Rule]:
-        """Return the rules of ``check-config``, without those about other engines."""
         rules = all_rules().values()
         return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
 

@@ -15,18 +15,14 @@ from pdlaunch.launch.engines.vllm import VllmEngine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
+from pdlaunch.protocol.control import MAX_PEERS, Capabilities, due_pairs
 
 # All engines of a launch are of one kind.
 EngineKind = NativeEngine | VllmEngine
 
 
 def kind_of(launch: ResolvedLaunch) -> EngineKind:
-    """Return the kind of a launch's engines, or of the first role if roles differ.
-
-    If they differ, any kind will do: the rules of both include PD610, which refuses the launch.
-    """
+    """Return the kind of a launch's engines; if roles differ, rules of both kinds have PD610."""
     first = next(iter(launch.roles.values()), None)
     if first is not None and first.settings.engine == "vllm":
         return VllmEngine(launch)
@@ -49,7 +45,7 @@ def plan_processes(launch: ResolvedLaunch) -> Plan:
             *(process for process in engines if process.kind != "server"),
             *(process for process in engines if process.kind == "server"),
             _router(launch.config.port, launch.hosts[0]),
-        ),
+        )
     )
 
 

@@ -27,8 +27,6 @@ CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 
 
 class VllmEngine:
-    """Engine kind whose engines are servers of vLLM, monitored over HTTP by sidecars."""
-
     name = "vllm"
 
     def __init__(self, launch: ResolvedLaunch) -> None:
@@ -118,7 +116,6 @@ class VllmEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        """Return the rules that also apply to vLLM, and the PD6xx rules about other engines."""
         rules = all_rules().values()
         return tuple(
             rule

@@ -140,10 +140,9 @@ class AgentSession:
     _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # by process, of its log
 
     def run(self) -> str:
-        """Serve until the session ends; return the reason.
+        """Serve until the session and all of its processes have ended; return the reason.
 
-        Raises StartupError if the user must act, and SessionLostError. No process of the session is
-        left when this returns or raises.
+        Raises StartupError if the user must act, and SessionLostError.
         """
         context = SecureContext(self.ticket.keys, peer=self.ticket.server_public)
         with (
@@ -262,7 +261,6 @@ class AgentSession:
             self._report_end(self._host, gone)
 
     def _here(self, bootstrap: Bootstrap) -> Bootstrap:
-        """Return the bootstrap with the run folder and the control channel of this host."""
         rendezvous = bootstrap.rendezvous
         if rendezvous.startswith("file://"):
             rendezvous = f"file://{self._run_dir / Path(rendezvous).name}"
@@ -283,7 +281,6 @@ class AgentSession:
         return host
 
     def _report(self, host: LocalHost) -> None:
-        """Forward messages, then report exits, so that a process's messages precede its exit."""
         # Read exits before messages: after its exit, all messages of a process have arrived.
         exits = host.exits()
         for message in host.messages():
@@ -303,7 +300,6 @@ class AgentSession:
         )
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:
-        """Send the output of a process since the last call, in parts."""
         # If the log is absent or removed, the launch continues without it.
         with contextlib.suppress(OSError), host.log_path(name).open("rb") as file:
             file.seek(self._num_sent_bytes[name])

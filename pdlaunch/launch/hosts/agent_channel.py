@@ -95,8 +95,6 @@ class AgentLease:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """An agent has joined."""
-
     join: Join
 
 
@@ -113,10 +111,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """An agent has sent a message."""
-
     name: str
-    message: FromAgent
+    message: Said | Exited
 
 
 AgentEvent = Joined | Lost | Reported
@@ -181,7 +177,6 @@ class AgentChannel:
         return self._readable
 
     def take(self) -> list[AgentEvent]:
-        """Return the events since the last call, oldest first."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._readable)
         return [self._events.popleft() for _ in range(len(self._events))]
@@ -192,11 +187,9 @@ class AgentChannel:
         os.eventfd_write(self._wake, 1)
 
     def admit(self, public: str) -> None:
-        """Allow an agent to join with its own key pair, given its public key."""
         self._context.admit(public)
 
     def close(self) -> None:
-        """Tell all agents that the launch is over, and stop the thread."""
         if self._closing:
             return
         self._closing = True
@@ -233,16 +226,13 @@ class AgentChannel:
             if now >= beat_at:
                 beat_at = now + self._beat_s
                 for agent in list(self._agents.values()):
-                    self._beat(agent, now)
+                    self._send(agent, Beat(stamp=agent.stamp))
+                    # After ``_receive``: messages from before a stop of this process are counted.
+                    if now > ended_by(agent.seen_at, self._timeout_s):
+                        self._lose(agent, f"silent for {now - agent.seen_at:.0f} s")
         for agent in list(self._agents.values()):
             self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
-
-    def _beat(self, agent: _Agent, now: float) -> None:
-        self._send(agent, Beat(stamp=agent.stamp))
-        # ``_receive`` ran before: messages that came while this process was stopped are counted.
-        if now > ended_by(agent.seen_at, self._timeout_s):
-            self._lose(agent, f"silent for {now - agent.seen_at:.0f} s")
 
     def _named(self, name: str) -> _Agent | None:
         return next((agent for agent in self._agents.values() if agent.name == name), None)
@@ -327,15 +317,14 @@ class AgentChannel:
                     log.write(data)
             case Leave(reason=reason):
                 self._lose(agent, reason, has_ended=True)
-            case _:
+            case Said() | Exited():
                 self._emit(Reported(agent.name, message))
+            case Join():
+                pass
 
 
 class HostGroup(LocalHost):
-    """Combines all hosts of a launch: a process runs on the host that its spec names.
-
-    ``on_change`` is called for each host that joins or is lost.
-    """
+    """Combines all hosts of a launch: a process runs on the host that its spec names."""
 
     def __init__(
         self,
@@ -403,25 +392,19 @@ class HostGroup(LocalHost):
                     if self._spawned[name].spec.host == host:
                         number = self._spawned.pop(name).incarnation
                         self._exits.append(ProcessExited(name, number, killed, lost_with))
-            case Reported(name=host, message=Said() | Exited() as message):
-                spawned = self._spawned.get(message.name)
+            case Reported(name=host, message=message):
+                name = message.name
+                spawned = self._spawned.get(name)
                 # An agent may report only the processes of its own host.
                 if spawned is None or spawned.spec.host != host:
-                    logger.warning("%s reported on %r, which is not there", host, message.name[:80])
+                    logger.warning("%s reported on %r, which is not there", host, name[:80])
+                elif isinstance(message, Exited):
+                    del self._spawned[name]
+                    end = message.incarnation, message.returncode
+                    self._exits.append(ProcessExited(name, *end, last_step=message.last_step))
                 else:
-                    self._deliver(host, message)
-            case Reported():
-                pass
-
-    def _deliver(self, host: str, message: Said | Exited) -> None:
-        name = message.name
-        match message:
-            case Said(frame=frame):
-                try:
-                    self._messages.append(MessageReceived(name, to_supervisor.decode(frame)))
-                except ProtocolError:
-                    logger.warning("malformed message from %r on %s", name, host)
-            case Exited(incarnation=incarnation, returncode=returncode, last_step=last_step):
-                del self._spawned[name]
-                exited = ProcessExited(name, incarnation, returncode, last_step=last_step)
-                self._exits.append(exited)
+                    try:
+                        received = MessageReceived(name, to_supervisor.decode(message.frame))
+                        self._messages.append(received)
+                    except ProtocolError:
+                        logger.warning("malformed message from %r on %s", name, host)

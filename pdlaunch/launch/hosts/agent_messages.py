@@ -9,8 +9,8 @@ import struct
 
 from pdlaunch import __version__
 from pdlaunch.errors import ProtocolError
-from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.host import EngineCommand
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
@@ -38,8 +38,6 @@ class Beat(Message):
 
 
 class Exited(Message):
-    """Reports that a process and its process group have ended."""
-
     name: str
     incarnation: int
     returncode: int
@@ -54,8 +52,6 @@ class Said(Message):
 
 
 class Printed(Message):
-    """Forwards the output of a process."""
-
     name: str
     data: bytes
 
@@ -76,23 +72,17 @@ FromAgent = Join | Beat | Exited | Said | Printed | Leave
 
 
 class AgentWelcome(Message):
-    """Accepts a Join."""
-
     timeout_s: float  # the agent ends its processes after this time without an answered Beat
     beat_s: float  # interval of the agent's Beats
 
 
 class Spawn(Message):
-    """Starts a process."""
-
     spec: ProcessSpec
     incarnation: int
     bootstrap: Bootstrap
 
 
 class Signal(Message):
-    """Sends a signal to a process and all processes that it has started."""
-
     name: str
     number: int
 
@@ -117,7 +107,6 @@ class Session:
         self._num_sent = self._num_received = 0
 
     def frames(self, payload: bytes) -> list[bytes]:
-        """Return the frames of the next message."""
         self._num_sent += 1
         return [VERSION, _NUMBER.pack(self._num_sent), payload]
 

@@ -26,13 +26,10 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.protocol.process.run_dirs import take_lock
 from pdlaunch.protocol.sockets import LaunchKeys
 
-STDIN = "-"
 _MOST_BYTES = 64 * 1024
 
 
 class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the content of the join file."""
-
     endpoint: str  # ``tcp://10.0.0.1:5555``
     server_public: str
     public: str
@@ -47,8 +44,6 @@ class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the keys of both sides."""
-
     server: LaunchKeys
     agents: LaunchKeys
     port: int = 0  # port of the supervisor; 0: any
@@ -64,12 +59,9 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
 
 def new_join_keys(port: int = 0) -> JoinKeys:
     """Generate the join keys of one launch, whose supervisor listens at ``port`` (0: any)."""
-    server, agents = (zmq.curve_keypair() for _ in range(2))
-    return JoinKeys(
-        server=LaunchKeys(server[0].decode(), server[1].decode(), ""),
-        agents=LaunchKeys(agents[0].decode(), agents[1].decode(), ""),
-        port=port,
-    )
+    pairs = [map(bytes.decode, zmq.curve_keypair()) for _ in range(2)]
+    server, agents = (LaunchKeys(public, secret, "") for public, secret in pairs)
+    return JoinKeys(server=server, agents=agents, port=port)
 
 
 @contextlib.contextmanager
@@ -124,7 +116,7 @@ def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
 
 def read_ticket(name: str) -> JoinTicket:
     """Read a join file, or its line from standard input (``-``). Raises ConfigError."""
-    is_stdin = name == STDIN
+    is_stdin = name == "-"
     try:
         text = sys.stdin.buffer.readline(_MOST_BYTES) if is_stdin else _read_private(Path(name))
         return msgspec.json.decode(text, type=JoinTicket)

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -40,13 +40,9 @@ _OWN_SIGNALS = frozenset(
     getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
 )
 
-_NOTHING = LastStep()
-
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A process has sent a message."""
-
     name: str
     message: ToSupervisor
 
@@ -59,7 +55,9 @@ class ProcessExited:
     incarnation: int
     returncode: int  # exit code; negative: the signal that killed the process
     lost_with: str = ""  # the lost host and the reason; empty: the process itself was seen to end
-    last_step: LastStep = _NOTHING  # last step of a rank's engine; empty for other processes
+    last_step: LastStep = field(
+        default_factory=LastStep
+    )  # last step of a rank's engine; empty for other processes
 
     @property
     def by_itself(self) -> bool:
@@ -67,7 +65,6 @@ class ProcessExited:
         return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
 
     def how(self) -> str:
-        """Describe how the process ended."""
         if self.lost_with:
             return f"was lost with its host {self.lost_with}"
         if self.returncode >= 0:
@@ -99,7 +96,6 @@ class LocalHost:
     def __init__(
         self, control: zmq.Socket[bytes], log_dir: Path, engine_ports: EnginePorts
     ) -> None:
-        """``control``: the bound ROUTER socket of the control channel."""
         self._control = control
         self._log_dir = log_dir
         self._engine_ports = engine_ports
@@ -114,7 +110,6 @@ class LocalHost:
         return (self._control, self._ended.fileno())
 
     def log_path(self, name: str) -> Path:
-        """Return the log file for the output of all incarnations of a process."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
@@ -181,7 +176,6 @@ class LocalHost:
             return Path(os.devnull).open("ab", buffering=0)
 
     def signal(self, name: str, signal_number: int) -> None:
-        """Send a signal to a process and its process group; ignored if the process is gone."""
         child = self._children.get(name)
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -192,7 +186,6 @@ class LocalHost:
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
-        """Return the processes that have ended since the last call."""
         ended = {pidfd for pidfd, _ in self._ended.poll(0)}
         names = [name for name, child in self._children.items() if child.pidfd in ended]
         return [self._bury(name) for name in names]
@@ -237,16 +230,12 @@ class LocalHost:
             found.append(received)
 
     def forget(self, engine: str) -> None:
-        """Release the step record and the ports of a removed engine."""
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
         self._engine_ports.release(engine)
 
     def close(self) -> None:
-        """Kill and reap all remaining processes; needed after an error.
-
-        Wait at most ``CLOSE_TIMEOUT_S`` for each process.
-        """
+        """Kill and reap all remaining processes; needed after an error."""
         # Signal all processes before waiting for the first.
         for name in list(self._children):
             self.signal(name, signal.SIGKILL)

@@ -45,7 +45,6 @@ class PlacedSettings:
     engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
 
     def config(self) -> LaunchConfig:
-        """Return the configuration that the supervisor reads from its file and environment."""
         paths = variable_paths()
         return LaunchConfig.model_validate(
             {**self.settings, **{paths[name]: value for name, value in self.keys.items()}}
@@ -192,8 +191,6 @@ class PodOptions:
 
 @dataclass(frozen=True, slots=True)
 class PodLaunch:
-    """Holds a launch to be rendered for pods."""
-
     options: PodOptions
     placed: PlacedSettings
     resolved: ResolvedLaunch
@@ -201,7 +198,6 @@ class PodLaunch:
     config_yaml: str
 
     def endpoint(self, host: str) -> str:
-        """Return the ZMQ endpoint at which agents join the supervisor."""
         return f"tcp://{host}:{self.resolved.config.control_port}"
 
 
@@ -257,10 +253,7 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
 def kubernetes_secret(
     launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
 ) -> Object:
-    """Return the Secret that the other objects refer to.
-
-    ``join``: content of the agents' join file; ``supervisor``: content of the supervisor's.
-    """
+    """Return the Secret that the other objects refer to, with the content of both join files."""
     values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
     for role, variables in launch.placed.engine_secrets.items():
         values |= {f"{role}.{name}": value for name, value in variables.items()}
@@ -276,11 +269,7 @@ def kubernetes_secret(
 
 
 def _labels(
-    launch: PodLaunch,
-    component: str = "",
-    *,
-    version: bool = False,
-    tool: bool = False,
+    launch: PodLaunch, component: str = "", *, version: bool = False, tool: bool = False
 ) -> dict[str, str]:
     """Return labels of objects; without ``version``, labels that select a launch or component."""
     labels = {

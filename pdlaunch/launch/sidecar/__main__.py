@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -329,6 +330,7 @@ class SidecarProcess:
             await self._link.send_peers(rank_entries(others))
 
 
+@dataclass(eq=False)
 class EngineHangWatch:
     """Detects from an engine's metrics, call by call, that it hangs.
 
@@ -341,20 +343,19 @@ class EngineHangWatch:
     no work. ``timeout_s``: 0 turns this off: the result is always ``works``.
     """
 
-    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s = timeout_s
-        self._clock = clock
-        self._seen: tuple[float, bool] | None = None  # progress, and whether it has work
-        self._since_at = 0.0  # when ``_seen`` last changed
+    timeout_s: float
+    clock: Callable[[], float] = time.monotonic
+    _seen: tuple[float, bool] | None = None  # progress, and whether it has work
+    _since_at: float = 0.0  # when ``_seen`` last changed
 
     def look(self, counts: Counts, *, is_probed: bool) -> Found:
         """Judge the engine. ``is_probed``: it has work, even if its metrics show none."""
-        now_at = self._clock()
+        now_at = self.clock()
         has_work = is_probed or any(counts.total(name) for name in VLLM_RUNNING)
         seen = (sum(counts.total(name) for name in _PROGRESS), has_work)
         if seen != self._seen:
             self._seen, self._since_at = seen, now_at
-        if not 0 < self._timeout_s < now_at - self._since_at:
+        if not 0 < self.timeout_s < now_at - self._since_at:
             return "works"
         self._since_at = now_at
         return "hangs" if has_work else "idle"

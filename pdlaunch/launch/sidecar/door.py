@@ -10,6 +10,7 @@ answer, the door closes the client's connection.
 
 import logging
 import os
+from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
@@ -42,28 +43,22 @@ _TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, DATA_PARALLEL_HEADER, *PASSED_HEAD
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
 
 
+@dataclass(eq=False)
 class Door:
     """Forwards requests with the launch's token, or the engine's key, to one engine.
 
     Create and use it inside a running event loop.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: DoorSpec,
-        keys: LaunchKeys,
-        engine_url: str,
-        engine_key: str | None,
-        kv_feed: KVFeed,
-    ) -> None:
-        """``engine_key``: the key of the engine, which clients of the door may also use."""
-        self._name = name
-        self._spec = spec
-        self._keys = keys
-        self._engine_url = engine_url
-        self._engine_key = engine_key
-        self._kv_feed = kv_feed
+    name: str
+    spec: DoorSpec
+    keys: LaunchKeys
+    engine_url: str
+    engine_key: str | None  # key of the engine, which clients of the door may also use
+    kv_feed: KVFeed
+
+    def __post_init__(self) -> None:
+        spec, keys = self.spec, self.keys
         length = spec.max_model_len or MOST_TOKENS
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
         # Room for the bodies that a router admits, and for two of the longest that it can send.
@@ -81,7 +76,7 @@ class Door:
 
     async def open(self) -> str:
         """Listen, and return the URL for other hosts. Raises StartupError."""
-        spec = self._spec
+        spec = self.spec
         await self._runner.setup()
         try:
             site = web.TCPSite(self._runner, spec.bind_address, spec.port, backlog=LISTEN_BACKLOG)
@@ -89,7 +84,7 @@ class Door:
             self._runner.drop_stalled_readers(READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(
-                f"{self._name} cannot listen on {spec.bind_address}:{spec.port}: "
+                f"{self.name} cannot listen on {spec.bind_address}:{spec.port}: "
                 f"{os.strerror(error.errno or 0)}"
             ) from None
         return url_of("https", spec.advertise_address, self._runner.addresses[0][1])
@@ -99,13 +94,13 @@ class Door:
         await self._calls.close()
 
     def _app(self) -> web.Application:
-        spec = self._spec
-        keys = [key for key in (self._keys.http_token, self._engine_key) if key is not None]
+        spec = self.spec
+        keys = [key for key in (self.keys.http_token, self.engine_key) if key is not None]
         return HttpApp(
             [
                 *(AppRoute("GET", path, self._pass_on) for path in _ASKED),
                 *(AppRoute("POST", path, self._pass_on) for path in _TOLD),
-                AppRoute("GET", KV_EVENTS_PATH, self._kv_feed.send),
+                AppRoute("GET", KV_EVENTS_PATH, self.kv_feed.send),
             ],
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
             check_key=bearer_check(
@@ -114,16 +109,14 @@ class Door:
                 "engine_api_key as bearer token, if it is set",
                 code="invalid_api_key",
             ),
-            metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
+            metrics=RequestMetrics(CollectorRegistry(), {"engine": self.name}),
             max_body_bytes=self._max_body_bytes,
         ).app
 
     async def _pass_on(self, http: web.Request) -> web.StreamResponse:
-        """Forward a request to the engine and its answer to the client.
+        """Forward a request and its answer. Raises OverloadedError (503).
 
-        Raises OverloadedError (503) if the engine cannot be reached. If the engine breaks off its
-        answer, cuts the client's connection, so that a router sees it, and raises
-        ConnectionResetError.
+        If the engine breaks off its answer, cut the client's connection, so that a router sees it.
         """
         answer: Answer | None = None
         try:
@@ -132,7 +125,7 @@ class Door:
         except CallError as error:
             if answer is None and error.not_received:
                 raise OverloadedError(
-                    f"{self._name} cannot be reached: {error}",
+                    f"{self.name} cannot be reached: {error}",
                     status=503,
                     retry_after_s=RETRY_AFTER_S,
                     code="engine_not_there",
@@ -149,11 +142,11 @@ class Door:
     async def _ask(self, http: web.Request) -> Answer:
         async with self._bodies.read(http) as body:
             headers = {name: http.headers[name] for name in _TO_ENGINE if name in http.headers}
-            if self._engine_key is not None:
-                headers[hdrs.AUTHORIZATION] = f"Bearer {self._engine_key}"
+            if self.engine_key is not None:
+                headers[hdrs.AUTHORIZATION] = f"Bearer {self.engine_key}"
             headers[REQUEST_ID_HEADER] = request_id_of(http)
             return await self._calls.call(
-                self._engine_url, http.method, http.rel_url.raw_path_qs, headers, body
+                self.engine_url, http.method, http.rel_url.raw_path_qs, headers, body
             )
 
 

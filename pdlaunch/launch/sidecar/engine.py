@@ -98,7 +98,6 @@ class SidecarOptions:
 
     @property
     def dp_size(self) -> int:
-        """Return the number of data parallel ranks."""
         return int(self.value("--data-parallel-size") or 1)
 
     @property
@@ -106,7 +105,6 @@ class SidecarOptions:
         return "--nnodes" in self.command
 
     def value(self, flag: str) -> str:
-        """Return the value of a flag in the command; empty if the flag is absent."""
         if flag not in self.command:
             return ""
         return self.command[self.command.index(flag) + 1]
@@ -292,7 +290,6 @@ class EngineOutput:
     """Finds the cause of an engine's end in its output, which is in this process's log."""
 
     def __init__(self, path: Path = Path("/proc/self/fd/1")) -> None:
-        """Ignore the lines that are already in the log file ``path``."""
         self._path = path
         self._start = self._num_bytes()
 

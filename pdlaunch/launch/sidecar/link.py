@@ -84,14 +84,10 @@ class EngineLink:
 
     @property
     def engine_id(self) -> EngineId:
-        """Return the id of the engine; empty until all ranks are up."""
         return self._spec.engine_id if self.all_up.is_set() else EngineId("")
 
     @property
     def side_channels(self) -> tuple[str, ...]:
-        """Return the side channels of all ranks, ordered by data parallel rank and tensor parallel
-        rank; empty until all ranks are up.
-        """
         if not self.all_up.is_set():
             return ()
         return tuple(rank.side_channel for _, rank in sorted(self._ranks.items()))
@@ -128,7 +124,6 @@ class EngineLink:
             return message
 
     async def send_peers(self, entries: Sequence[Entry]) -> None:
-        """Send the ranks of other engines to all workers, if they have changed."""
         if entries != self._peers:
             self._peers = entries
             for identity in self._workers.values():
@@ -150,7 +145,6 @@ class EngineLink:
             await self._send_peers(identity)
 
     async def _grant(self, scheduler: bytes, frame: bytes) -> None:
-        """Send a grant to the workers of the data parallel rank that has sent it."""
         engine = scheduler.rpartition(b"/")[0]
         for identity in self._workers.values():
             if identity.rpartition(b"/")[0] == engine:

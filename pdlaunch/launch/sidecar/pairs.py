@@ -81,7 +81,6 @@ class EnginePairs:
         self._prove()
 
     def take(self, message: PairReady | PairFailed | PullFailure) -> None:
-        """Record the report of a worker; prove pairs that are now due."""
         match message:
             case PairReady(local=local, peer=rank, peer_incarnation=incarnation):
                 self._rank_pairs[engine_of_rank(rank), incarnation][local, rank] = message
@@ -116,7 +115,6 @@ class EnginePairs:
         )
 
     def _prove(self) -> None:
-        """Send canaries to prefill engines whose pairs of ranks all shook hands."""
         link = self._link
         self.canaries.prove([p for p in self._peers if link is None or self._slowest(link, p)])
 

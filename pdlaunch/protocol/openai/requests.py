@@ -501,7 +501,6 @@ class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
 
     @property
     def callable_functions(self) -> list[ToolFunction]:
-        """Return the functions that the answer may call."""
         if self.tool_choice == "none":
             return []
         functions = [tool.function for tool in self.tools]

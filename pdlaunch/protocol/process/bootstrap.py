@@ -2,6 +2,9 @@
 
 The bootstrap is one line of JSON on standard input, so that secrets are never in arguments or
 environment. Standard input stays open: its end means that the supervisor has ended.
+
+``python -m pdlaunch.protocol.process.bootstrap MODULE ...`` runs any module as a process that ends
+with its parent, which holds the pipe of its standard input.
 """
 
 import asyncio
@@ -9,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -234,3 +238,9 @@ class Heartbeat:
         while self._interval_s:
             self.beat()
             await asyncio.sleep(self._interval_s)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -40,7 +40,6 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
     url: str  # the router's URL for processes on this host
 
     def write(self, run_dir: Path) -> None:
-        """Write the card into the launch's folder, atomically."""
         new = run_dir / f"{_CARD}.{os.getpid()}"
         new.write_bytes(msgspec.json.encode(self))
         new.replace(run_dir / _CARD)

@@ -11,8 +11,7 @@ import pytest
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client import api as api_module
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.protocol.process.run_dirs import (
     ADMIN_SOCKET,
     LaunchCard,
@@ -44,7 +43,7 @@ def launches(tmp_path: Path) -> Iterator[Launches]:
 
 
 def socket_of(api: Api) -> Path | None:
-    return api._socket_path
+    return api.socket_path
 
 
 def test_the_only_one_is_meant_and_several_are_told_apart_by_their_url(launches: Launches) -> None:

@@ -40,8 +40,8 @@ from pdlaunch.launch.hosts.agent_messages import (
 )
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
-from pdlaunch.machine.availability import probe_port
 from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.network import probe_port
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Ready, Register, to_supervisor
 from pdlaunch.protocol.process.engine_ports import EnginePorts

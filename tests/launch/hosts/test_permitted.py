@@ -35,7 +35,7 @@ def test_modules_run_with_the_agents_own_python(name: str) -> None:
         process(PYTHON, "-c", "print()"),
         process(PYTHON, "-P", "-m"),
         process(),
-        module("pdlaunch.protocol.process.guarded", "antigravity"),
+        module("pdlaunch.protocol.process.bootstrap", "antigravity"),
         module("pdlaunch.router"),
         module("pdlaunch.engine.rank"),
         module("pdlaunch.engine", kind="convert"),

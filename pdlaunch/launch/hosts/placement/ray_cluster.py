@@ -65,7 +65,6 @@ class AgentActor:
     """
 
     def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
-        """``executables``: the programs of engines that the agent allows."""
         public, secret = zmq.curve_keypair()
         self._public, self._secret = public.decode(), secret.decode()
         self._name = name
@@ -74,10 +73,7 @@ class AgentActor:
         self._agent: subprocess.Popen[bytes] | None = None
 
     def state(self) -> tuple[str, bool]:
-        """Return the agent's public key, and whether the agent runs.
-
-        The key changes when Ray restarts the actor.
-        """
+        """Return the public key, new if the actor was restarted, and whether the agent runs."""
         return self._public, self._agent is not None and self._agent.poll() is None
 
     def start(self, endpoint: str, server_public: str) -> None:
@@ -95,7 +91,6 @@ class AgentActor:
         self._agent.stdin.flush()
 
     def stop(self) -> None:
-        """End the agent and all processes that it has started."""
         if self._agent is None:
             return
         assert self._agent.stdin is not None
