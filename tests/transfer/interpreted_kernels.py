@@ -1,11 +1,11 @@
-"""Runs the kernel of checksums (argument ``checksums``) or of copies (``copies``) in Triton's
-interpreter. ``test_checksum`` starts it as a program: the environment must switch the interpreter
-on before Triton is imported.
+"""Runs the kernels of checksums and copies in Triton's interpreter.
+
+``test_checksum`` starts it as a program: the environment must switch the interpreter on before
+Triton is imported.
 """
 
 import mmap
 import os
-import sys
 
 import numpy as np
 import torch
@@ -92,5 +92,5 @@ def check_copies(random: np.random.Generator) -> None:
 
 
 if __name__ == "__main__":
-    check = {"checksums": check_checksums, "copies": check_copies}[sys.argv[1]]
-    check(np.random.default_rng(0))
+    check_checksums(np.random.default_rng(0))
+    check_copies(np.random.default_rng(0))

@@ -1,12 +1,9 @@
 """Runs the attention and layer kernels in Triton's interpreter; started by
 ``test_triton_attention``.
 
-Arguments: ``kernels``, ``graphs``, or names of tiny models.
-
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -212,10 +209,7 @@ def check_kernels() -> None:
 if __name__ == "__main__":
     np.seterr(all="ignore")
     torch.set_num_threads(1)
-    for part in sys.argv[1:]:
-        if part == "kernels":
-            check_kernels()
-        elif part == "graphs":
-            check_step_graphs()
-        else:
-            check_fused_decoder(part)
+    check_kernels()
+    for model in ("llama-bias", "qwen3", "gemma3"):
+        check_fused_decoder(model)
+    check_step_graphs()

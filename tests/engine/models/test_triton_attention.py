@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
-from tests.interpreter import needs_triton, run_interpreted, run_module
+from tests.interpreter import needs_triton, run_module
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ROWS = {
@@ -23,8 +23,7 @@ ROWS = {
 @needs_triton
 @pytest.mark.processes
 def test_kernels_in_the_interpreter() -> None:
-    parts = ("kernels", "llama-bias", "qwen3", "gemma3", "graphs")
-    run_interpreted("tests.engine.models.interpreted_attention", parts)
+    run_module("tests.engine.models.interpreted_attention", TRITON_INTERPRET="1")
 
 
 @needs_triton

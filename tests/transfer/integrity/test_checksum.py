@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import native_regions
-from tests.interpreter import needs_triton, run_interpreted
+from tests.interpreter import needs_triton, run_module
 from tests.transfer.fakes import layout_of, random_cache
 
 LAYOUT = layout_of(num_kv_heads=3)
@@ -50,7 +50,7 @@ def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
 @needs_triton
 @pytest.mark.processes
 def test_kernels_hash_as_xxhash_and_copy_pieces_and_nothing_beside_them() -> None:
-    run_interpreted("tests.transfer.interpreted_kernels", ("checksums",), ("copies",))
+    run_module("tests.transfer.interpreted_kernels", TRITON_INTERPRET="1")
 
 
 # Layouts of an 8B model, of a model with an odd number of stripes in a head, and of a model that is
