@@ -77,10 +77,7 @@ class Answer:
 
 
 class EngineCalls:
-    """Holds the connections of a process to engines. Must be closed.
-
-    ``tls``: context for https URLs; None trusts the system's certificate authorities.
-    """
+    """Holds the connections of a process to engines. Must be closed."""
 
     def __init__(self, connect_s: float = CONNECT_S, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
@@ -96,9 +93,7 @@ class EngineCalls:
     async def call(
         self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Send a request to the engine at ``url``; return its answer once the headers are there.
-        ``target``: the path and query. Raises CallError.
-        """
+        """Send a request; return its answer once the headers are there. Raises CallError."""
         base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
         try:
             response = await self._session(url).request(

@@ -30,14 +30,11 @@ _logger = logging.getLogger(__name__)
 class RelayedError(PdlaunchError):
     """Holds an engine's answer with another status than 200; the client gets it unchanged."""
 
-    def __init__(
-        self, message: str, *, status: int, body: bytes, content_type: str, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, message: str, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         super().__init__(message)
-        self.status = status
-        self.body = body
-        self.content_type = content_type
-        self.headers = headers
+        self.status, self.body = status, body
+        self.content_type = headers.get("content-type", "application/json").partition(";")[0]
+        self.headers = {name: headers[name] for name in headers.keys() & {"retry-after"}}
 
 
 def unavailable(message: str, code: str, retry_after_s: int = RETRY_AFTER_S) -> OverloadedError:
@@ -53,11 +50,9 @@ def is_poll(error: BaseException | None) -> bool:
 def error_response(error: BaseException) -> web.Response:
     """Return the answer to a request that failed before any of its answer was sent."""
     if isinstance(error, RelayedError):
+        kind = error.content_type
         return web.Response(
-            status=error.status,
-            body=error.body,
-            content_type=error.content_type,
-            headers=error.headers,
+            status=error.status, body=error.body, content_type=kind, headers=error.headers
         )
     explained = _explained(error)
     headers = {}

@@ -82,9 +82,7 @@ class Supervised:
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         listens: bool = True,
     ) -> None:
-        """Send the address of this process, and heartbeats from then on. A further call replaces
-        the registration. ``engine_id``: id of a vLLM engine.
-        """
+        """Send the address of this process, and heartbeats from then on."""
         self.send(
             control.Register(
                 name=self.bootstrap.name,

@@ -48,9 +48,7 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self, size: int = 1) -> Iterator[Grow]:
-        """Hold ``size`` places while the block runs, one for each choice; yield ``grow``. Raises
-        OverloadedError (503, 429), or RequestError if the request alone exceeds the limit.
-        """
+        """Hold ``size`` places while the block runs, one for each choice; yield ``grow``."""
         held = 0
 
         def grow(size: int, param: str) -> None:

@@ -57,9 +57,7 @@ class ClientStream:
         await self.response.write_eof(last)
 
     async def fail(self, error: BaseException) -> None:
-        """End the stream with an error event, without ``[DONE]``; cut the connection of a client
-        that does not read.
-        """
+        """End the stream with an error event; cut a client that does not read."""
         try:
             async with asyncio.timeout(LAST_WORD_S):
                 await self.end(encode_event(error_payload(error)))
@@ -69,10 +67,9 @@ class ClientStream:
 
     async def _begin(self) -> None:
         # Several prompts of one request may send their first event at the same time.
-        if not self.response.prepared:
-            async with self._preparing:
-                if not self.response.prepared:
-                    await self.response.prepare(self._http)
+        async with self._preparing:
+            if not self.response.prepared:
+                await self.response.prepare(self._http)
 
 
 STREAM = web.RequestKey("stream", ClientStream)
@@ -86,10 +83,7 @@ class EventDecoder:
         self._data: list[bytes] = []
 
     def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of the events that ``received`` completes, ``DONE_DATA`` among them.
-
-        Raises ProtocolError if an event exceeds ``MAX_EVENT_BYTES``.
-        """
+        """Return the data of the events that ``received`` completes, ``DONE_DATA`` among them."""
         events: list[bytes] = []
         *lines, self._rest = (self._rest + received).split(b"\n")
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:

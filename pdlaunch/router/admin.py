@@ -31,15 +31,9 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
-from pdlaunch.protocol.control import (
-    COMMANDS,
-    Answered,
-    Command,
-    RefusalCode,
-    Restart,
-    SetDrained,
-)
+from pdlaunch.protocol.control import COMMANDS, Answered, Command, RefusalCode, Restart, SetDrained
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.state import RouterState
 
@@ -76,10 +70,7 @@ class SupervisorLink:
         self._asked: dict[int, asyncio.Queue[Answered]] = {}
 
     async def ask(self, command: Command) -> Answered:
-        """Send a command and return the answer; if it begins a change, wait until that is done.
-
-        Sets ``question`` and ``expires_at`` of a copy of ``command``. Raises OverloadedError.
-        """
+        """Send a command; return the answer once the change that it begins, if any, is done."""
         number, expires_at = next(self._numbers), time.monotonic() + ANSWER_TIMEOUT_S
         answers = self._asked[number] = asyncio.Queue()
         late = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s", "no_answer"
@@ -358,15 +349,13 @@ async def _command(state: RouterState, engine: Engine, path: str, query: Query) 
     raise _unavailable(f"{path} answered {status}: {body[:200]!r}", "engine_failed")
 
 
-async def listen_at_admin_socket(
-    app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0
-) -> web.AppRunner:
+async def listen_at_admin_socket(app: web.Application, path: Path) -> web.AppRunner:
     """Listen at a Unix socket of mode 0600, so that clients cannot use up its connections."""
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=shutdown_timeout_s,
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         auto_decompress=False,
     )
     await runner.setup()

@@ -5,7 +5,7 @@ The router sets ids, model and creation time. The choices of prompt ``p`` are nu
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -47,19 +47,13 @@ class ClientAnswer:
             "created": int(time.time()),
             "model": request.model,
         }
-        self._routes: dict[int, Route] = {}
-        self._ignored_names: dict[str, None] = {}
+        self.routes: dict[int, Route] = {}  # by index of the prompt
+        self.ignored_fields: dict[str, None] = {}
         self._sends_ids = bool(request.fields.return_token_ids)
         self._stream = stream
         self._held: list[bytes] = []  # events that go out with the next one
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
-
-    def ignores(self, names: Iterable[str]) -> None:
-        self._ignored_names |= dict.fromkeys(names)
-
-    def routed(self, prompt: PromptRequest, route: Route) -> None:
-        self._routes[prompt.index] = route
 
     async def chunk(
         self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
@@ -136,8 +130,8 @@ class ClientAnswer:
         return json_response(whole, headers=self._headers())
 
     def _headers(self) -> dict[str, str]:
-        headers = ignored_fields_header(self._ignored_names)
-        told = [self._routes[index] for index in sorted(self._routes)][:MAX_TOLD_ROUTES]
+        headers = ignored_fields_header(self.ignored_fields)
+        told = [self.routes[index] for index in sorted(self.routes)][:MAX_TOLD_ROUTES]
         if told:
             headers[ROUTE_HEADER] = ", ".join(
                 f'{route.name}; kind={route.kind}; reason="{route.reason}"' for route in told
@@ -160,8 +154,8 @@ def _total_usage(transcripts: Sequence[Transcript]) -> Usage:
 
 
 def merge(target: dict[str, Any], update: dict[str, Any]) -> None:
-    """Merge a chunk's choice, or a part of it, into ``target``: append texts and lists, merge
-    objects and list items of the same ``index`` (tool calls), replace other values.
+    """Merge a part of a chunk into ``target``: append texts and lists, merge objects and list items
+    of the same ``index`` (tool calls), replace other values.
     """
     for name, value in update.items():
         there = target.get(name)

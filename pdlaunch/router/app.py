@@ -20,6 +20,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import (
     AppRoute,
+    Guard,
     HttpApp,
     KeyCheck,
     bearer_check,
@@ -27,13 +28,7 @@ from pdlaunch.http.app import (
     model_routes,
     request_id_of,
 )
-from pdlaunch.http.errors import (
-    LEAVING_RETRY_AFTER_S,
-    error_status,
-    json_response,
-    unavailable,
-)
-from pdlaunch.http.guard import Guard
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, error_status, json_response, unavailable
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     ROUTE_HEADER,

@@ -138,9 +138,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self.body | own)
 
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
-        """Raise RequestError if prompt and output exceed a decode engine's limit, which prefill
-        cannot check: it gets ``max_tokens=1``.
-        """
+        """Raise RequestError if prompt and output exceed a decode engine's limit."""
+        # Prefill cannot check this: it gets ``max_tokens=1``.
         if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
             raise RequestError(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens={self.max_tokens} exceed "
@@ -253,9 +252,7 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
 
 
 def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
-    """Return the client's limit of output tokens, if any. ``may_be_none`` allows a limit of 0, and
-    the router treats it as 1, so one engine does all the work.
-    """
+    """Return the client's limit of output tokens, if any. Raises RequestError."""
     if fields.max_tokens == 0 and not may_be_none:
         raise _invalid("max_tokens must be 1 or more, or 0 with echo: true", "max_tokens")
     if fields.stream_options is not None and not fields.stream:
@@ -264,7 +261,7 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
     if limit is not None and (fields.min_tokens or 0) > limit:
         message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
         raise _invalid(message, "min_tokens")
-    return None if limit is None else max(1, limit)
+    return None if limit is None else max(1, limit)  # 1, so that one engine does all the work
 
 
 def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -177,8 +177,7 @@ class Client:
     ) -> Iterator[None]:
         """Count a request while the block runs. Raises OverloadedError (429).
 
-        ``num_tokens``: estimate, charged at once. ``used`` returns the real prompt and output
-        tokens at the end; the difference is given back.
+        ``num_tokens`` is charged at once; ``used`` returns the real numbers at the end.
         """
         self._check(num_prompts)
         self._count("key_requests")

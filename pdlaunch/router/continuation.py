@@ -146,10 +146,7 @@ async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[st
 
 @dataclass(eq=False, slots=True)
 class Continuation:
-    """Turns the next engine's answer into further chunks of the client's answer.
-
-    Raises LookupError, with one of ``LOST_REASONS``, if no token limit is known or none is left.
-    """
+    """Turns the next engine's answer into chunks of the client's answer. Raises LookupError."""
 
     prompt: PromptRequest
     prompt_token_ids: list[int]

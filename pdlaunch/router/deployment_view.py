@@ -32,7 +32,6 @@ from pdlaunch.protocol.status import (
     route_shares,
 )
 from pdlaunch.router.engine import Engine, Processes
-from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool, engines_of
 from pdlaunch.router.state import RouterState
@@ -110,7 +109,9 @@ class DeploymentView:
         self._model = served_model_name
         self._start_at = time.monotonic()
         self._history = RateHistory(state.metrics, time.monotonic, time.time, state.pool)
-        self._readings = EngineReadings(state.client)
+        self._histories: dict[str, EngineHistory] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._fresh_until_at = 0.0
 
     async def run(self) -> None:
         while True:
@@ -118,7 +119,9 @@ class DeploymentView:
             self._history.take()
 
     async def close(self) -> None:
-        await self._readings.close()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
 
     def state(self) -> DeploymentState:
         """Return the state for load balancers; requests are accepted only in state ``ok``."""
@@ -129,7 +132,14 @@ class DeploymentView:
             return pool.registry.withheld
         return "ok" if any(engine.ready for engine in pool.engines) else "unavailable"
 
-    def status(self) -> DeploymentStatus:
+    async def status(self) -> DeploymentStatus:
+        """Return the status. Reads of engines that take long go on in the background."""
+        now_at, is_over = time.monotonic(), self._reading is None or self._reading.done()
+        if is_over and now_at >= self._fresh_until_at:
+            self._reading = asyncio.ensure_future(self._read(self._state.pool.engines))
+            self._fresh_until_at = now_at + FRESH_S
+        if self._reading is not None:
+            await asyncio.wait([self._reading], timeout=READ_WAIT_S)
         pool, events, sums = self._state.pool, self._state.events, self._history.totals()[1]
         now = self._history.now()
         status = DeploymentStatus(
@@ -154,11 +164,31 @@ class DeploymentView:
         )
         return msgspec.structs.replace(status, bottleneck=find_bottleneck(status))
 
-    async def fresh_status(self) -> DeploymentStatus:
-        await self._readings.refresh(self._state.pool.engines)
-        return self.status()
+    async def answer(self, _: web.Request) -> web.Response:
+        return json_response(await self.status())
+
+    async def _read(self, engines: Sequence[Engine]) -> None:
+        known, self._histories = self._histories, {}
+        for engine in engines:
+            history = known.get(engine.name)
+            if history is not None and history.processes == engine.processes:
+                self._histories[engine.name] = history
+            elif engine.ready:  # before, canaries would count as work of clients
+                self._histories[engine.name] = EngineHistory(engine.processes)
+
+        async def read(engine: Engine) -> None:
+            history = self._histories[engine.name]
+            history.asked_at = time.monotonic()
+            if (page := await self._state.client.read_metrics(engine)) is not None:
+                history.add(time.monotonic(), scan(page))
+
+        begun = [each for each in engines if each.name in self._histories]
+        due = sorted(begun, key=lambda each: self._histories[each.name].asked_at)
+        await asyncio.gather(*map(read, due[:MAX_READS]), return_exceptions=True)
 
     def _engine(self, engine: Engine, now_at: float) -> EngineStatus:
+        history = self._histories.get(engine.name)
+        is_its = history is not None and history.processes == engine.processes
         return EngineStatus(
             name=engine.name,
             role=engine.role,
@@ -177,7 +207,7 @@ class DeploymentView:
             computing=self._history.computing(engine.name),
             waiting_prompt_tokens=engine.waiting_tokens(now_at, engine.tokens_per_s),
             prompt_tokens_per_s=engine.tokens_per_s,
-            reading=self._readings.of(engine),
+            reading=history.reading(time.monotonic()) if history and is_its else None,
         )
 
     def _pairs(self, proven: Sequence[PairReady]) -> list[PairStatus]:
@@ -193,15 +223,19 @@ class DeploymentView:
                 path=link.path,
                 gigabytes_per_s=link.gigabytes_per_s,
                 slow=link.slow,
-                pulls=self._readings.pulls(*names, is_only=num_peers[names[1]] == 1),
+                pulls=self._pulls(*names, is_only=num_peers[names[1]] == 1),
                 last_failure=self._state.pair_failures.get(names, ""),
                 health=states.get(names, "closed"),
             )
             for names, link in sorted(links.items())
         ]
 
-    async def answer(self, _: web.Request) -> web.Response:
-        return json_response(await self.fresh_status())
+    def _pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
+        """Return decode's pulls from a prefill engine; if it ``is_only``, perhaps all of them."""
+        history = self._histories.get(decode)
+        if history is None:
+            return Pulls()
+        return history.pulls(None if is_only and not history.reports_peers else prefill)
 
 
 def scan(page: str) -> Counts:
@@ -288,66 +322,6 @@ class EngineHistory:
     def _grown(self, word: str) -> float:
         before = self._past[0][1] if self._past else {}
         return self._now.get(word, 0.0) - before.get(word, 0.0)
-
-
-class EngineReadings:
-    """Holds the metrics histories of all engines."""
-
-    def __init__(self, client: EngineClient) -> None:
-        self._client = client
-        self._histories: dict[str, EngineHistory] = {}
-        self._turn: asyncio.Task[None] | None = None
-        self._fresh_until_at = 0.0
-
-    def of(self, engine: Engine) -> EngineReading | None:
-        history = self._histories.get(engine.name)
-        if history is None or history.processes != engine.processes:
-            return None
-        return history.reading(time.monotonic())
-
-    def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
-        """Return the pulls of ``decode`` from ``prefill``. ``is_only``: there is no other prefill
-        engine, so all pulls are meant if the engine's metrics do not distinguish them.
-        """
-        history = self._histories.get(decode)
-        if history is None:
-            return Pulls()
-        return history.pulls(None if is_only and not history.reports_peers else prefill)
-
-    async def refresh(self, engines: Sequence[Engine]) -> None:
-        """Read the engines' metrics unless they are fresh; reads of more than ``READ_WAIT_S`` go on
-        in the background.
-        """
-        now_at, is_over = time.monotonic(), self._turn is None or self._turn.done()
-        if is_over and now_at >= self._fresh_until_at:
-            self._turn = asyncio.ensure_future(self._read(engines))
-            self._fresh_until_at = now_at + FRESH_S
-        if self._turn is not None:
-            await asyncio.wait([self._turn], timeout=READ_WAIT_S)
-
-    async def close(self) -> None:
-        if self._turn is not None:
-            self._turn.cancel()
-            await asyncio.gather(self._turn, return_exceptions=True)
-
-    async def _read(self, engines: Sequence[Engine]) -> None:
-        known, self._histories = self._histories, {}
-        for engine in engines:
-            history = known.get(engine.name)
-            if history is not None and history.processes == engine.processes:
-                self._histories[engine.name] = history
-            elif engine.ready:  # before, canaries would count as work of clients
-                self._histories[engine.name] = EngineHistory(engine.processes)
-
-        async def read(engine: Engine) -> None:
-            history = self._histories[engine.name]
-            history.asked_at = time.monotonic()
-            if (page := await self._client.read_metrics(engine)) is not None:
-                history.add(time.monotonic(), scan(page))
-
-        begun = [each for each in engines if each.name in self._histories]
-        due = sorted(begun, key=lambda each: self._histories[each.name].asked_at)
-        await asyncio.gather(*map(read, due[:MAX_READS]), return_exceptions=True)
 
 
 @dataclass(eq=False)

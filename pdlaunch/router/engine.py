@@ -77,9 +77,7 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Record a first token, which closes a half-open breaker. While open, the token belongs to
-        an earlier request: it closes it only after one failure, probably a request's own fault.
-        """
+        """Record a first token. It closes an open breaker only after a single failure."""
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
 

@@ -44,9 +44,7 @@ _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "No
 
 
 class EngineFailure(OverloadedError):
-    """An engine failed a request; another engine may succeed. Messages never quote ``error``, the
-    engine's own error, which may contain a prompt.
-    """
+    """An engine failed a request; another may succeed. Never quotes ``error``, the engine's own."""
 
     def __init__(
         self,
@@ -82,13 +80,7 @@ class EngineRefusal(RelayedError):
     def __init__(
         self, engine: Engine, status: int, body: bytes, headers: Mapping[str, str]
     ) -> None:
-        super().__init__(
-            f"engine {engine.name} answered {status}",
-            status=status,
-            body=body,
-            content_type=headers.get("content-type", "application/json").partition(";")[0],
-            headers={name: headers[name] for name in headers.keys() & {"retry-after"}},
-        )
+        super().__init__(f"engine {engine.name} answered {status}", status, body, headers)
         self.engine = engine
 
     @property
@@ -153,10 +145,7 @@ class EngineStream:
         return event.startswith(b"{") and not event.startswith(b'{"error"')
 
     async def next_chunk(self) -> Chunk | None:
-        """Return the next chunk; None at the end.
-
-        Raises EngineFailure, or EngineRefusal for an error event about the request.
-        """
+        """Return the next chunk; None at the end. Raises EngineFailure, EngineRefusal."""
         while (data := await self._next_event()) is not None and data != DONE_DATA:
             chunk = self._decode(data)
             if REPORT_KEY not in chunk:
@@ -214,11 +203,7 @@ class WholeAnswer:
 
 
 class EngineClient:
-    """Sends the router's requests to engines; one object for the process.
-
-    ``keys`` returns the key to send to an engine, or None. ``tls``: for engines on other hosts.
-    ``probe_s``: time-out of calls that compute nothing.
-    """
+    """Sends the router's requests to engines, each with the key that ``keys`` returns for it."""
 
     def __init__(
         self,
@@ -303,9 +288,7 @@ class EngineClient:
             logger.warning("%s was not delivered: %s", path, failure)
 
     async def read(self, engine: Engine, path: str, timeout_s: float | None = None) -> bytes | None:
-        """Return the body of an engine's answer to GET; None: no address yet, no answer within
-        ``timeout_s`` (default: ``probe_s``), a body that is too long, or not status 200.
-        """
+        """Return the body of an engine's answer of 200 to GET, else None."""
         if not engine.url:
             return None
         timeout_s = timeout_s or self._probe_s

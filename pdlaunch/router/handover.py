@@ -19,9 +19,7 @@ class Handover:
     """Holds a prefill engine's answer to one prompt, and the lease until the blocks are pulled."""
 
     def __init__(self, state: RouterState, engine: Engine, raw: bytes, *, is_chat: bool) -> None:
-        """Read ``engine``'s answer. Raises EngineFailure if the engine gave the request up, and
-        errors that ``blames`` handles if the answer has not the OpenAI form.
-        """
+        """Read ``engine``'s answer. Raises EngineFailure, and what ``blames`` handles."""
         answer: dict[str, Any] = msgspec.json.decode(raw)
         self.engine = engine
         self.report: object = answer.pop(REPORT_KEY, None)  # the engine's spans

@@ -90,10 +90,7 @@ async def serving(
         )
         runners.append(runner)
         await runner.setup()
-        admin = await listen_at_admin_socket(
-            router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S
-        )
-        runners.append(admin)
+        runners.append(await listen_at_admin_socket(router.app, run_dir / ADMIN_SOCKET))
         LaunchCard(launch_id=launch_id, url=url).write(run_dir)
         await listen(runner, spec.listeners)
         runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
@@ -132,7 +129,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     supervised.register(control.Address(http=_url_of(spec)))
     supervised.spawn(router.view.run())
     note = partial(state.events.add, "launch", "", is_bad=False)
-    look = router.view.fresh_status
+    look = router.view.status
     supervised.spawn(run_autopilot(spec.autopilot, look, link.ask, note, clock=time.monotonic))
     # Begin to wait for the first registry before ``_obey`` can apply it.
     knowing = asyncio.ensure_future(state.registry_change())

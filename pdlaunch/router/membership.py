@@ -19,18 +19,7 @@ from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import ProtocolError, RequestError
 from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
-from pdlaunch.protocol.control import (
-    MAX_PEERS,
-    Address,
-    Capabilities,
-    Entry,
-    ListedState,
-    Pair,
-    PairReady,
-    PairSuspect,
-    Registry,
-    due_pairs,
-)
+from pdlaunch.protocol import control
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -40,7 +29,7 @@ ASK_TIMEOUT_S = 10.0
 # Changes within this time, multiplied by the number of engines, are published together. To publish
 # takes 0.04 ms for each engine, and each engine causes it every POLL_S.
 GATHER_S = 0.25e-3
-Results = Mapping[Pair, Proof | CanaryDied]
+Results = Mapping[control.Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,16 +46,14 @@ class Member:
 class WatchSettings:
     served_model_name: str
     kind: EngineName
-    capabilities: Capabilities  # of engines of this kind
+    capabilities: control.Capabilities  # of engines of this kind
     is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
     poll_s: float = POLL_S
 
 
 @dataclass(eq=False, slots=True)
 class WatchedEngine:
-    """Holds the state of one engine at the last ``look``. After a restart it gets the next
-    incarnation, as an engine of a launch does.
-    """
+    """Holds the state of one engine at the last ``look``. Restarts count as new incarnations."""
 
     member: Member
     source: str  # ``config`` or ``file``
@@ -82,7 +69,7 @@ class WatchedEngine:
     reports_sleep: bool = False
     reason: str = "it has not been checked yet"
     started_at: float = 0.0
-    capabilities: Capabilities = field(default_factory=Capabilities)
+    capabilities: control.Capabilities = field(default_factory=control.Capabilities)
     counts: Counts | None = None
     num_failures: int = 0  # failures that the router had counted at the last look
     failed_reads: FailedReads = field(default_factory=FailedReads)
@@ -139,36 +126,34 @@ class WatchedEngine:
         return ""
 
     def has_trouble(self, num_failures: int) -> bool:
-        """Return whether the engine has failed requests, which the router counts, or READs since
-        the last call.
-        """
+        """Return whether requests, as the router counts, or READs have failed since last time."""
         before, self.num_failures = self.num_failures, num_failures
         if self.member.role == "decode" and self.counts and self.failed_reads.look(self.counts):
             _logger.warning("%s: all READs of KV blocks fail", self.member.name)
             return True
         return num_failures > before
 
-    def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> Entry:
+    def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> control.Entry:
         """Return the engine's entry in a registry; ``reason`` says why it is not ready."""
-        state: ListedState = "starting"
+        state: control.ListedState = "starting"
         if self.is_leaving or self.is_sleeping:
             state, reason = ("draining" if self.is_leaving else "sleeping"), ""
         elif is_ready:
             state, reason = "ready", ""
         elif self.is_lost and self.has_been_healthy:
             state = "stalled"
-        return Entry(
+        return control.Entry(
             name=self.member.name,
             kind="server",
             incarnation=self.incarnation,
             engine=self.member.name,
             role=self.member.role,
-            address=Address(http=self.member.url),
+            address=control.Address(http=self.member.url),
             capabilities=self.capabilities,
             state=state,
             reason=reason,
-            # With fewer than MAX_PEERS, every engine of the other role is a peer.
-            peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
+            # With fewer than control.MAX_PEERS, every engine of the other role is a peer.
+            peers=tuple(peers) if len(peers) >= control.MAX_PEERS else None,
         )
 
 
@@ -182,8 +167,8 @@ def judge(
     another prefill engine is proven with the same decode engine. So prefill of a single pair stays
     and serves alone. Engines of vLLM exchange blocks only over proven pairs, anyway.
     """
-    due_of: dict[str, list[Pair]] = defaultdict(list)
-    for pair in sorted(due_pairs(prefill, decode)):
+    due_of: dict[str, list[control.Pair]] = defaultdict(list)
+    for pair in sorted(control.due_pairs(prefill, decode)):
         for name in pair:
             due_of[name].append(pair)
     proven = {name for pair, found in results.items() if isinstance(found, Proof) for name in pair}
@@ -211,13 +196,13 @@ class WatchedMembership:
 
     def __init__(self, settings: WatchSettings, pool: EnginePool, metrics: RouterMetrics) -> None:
         self.settings = settings
-        self.announce: Callable[[Registry], None] = lambda _: None
+        self.announce: Callable[[control.Registry], None] = lambda _: None
         self._pool = pool
         self._metrics = metrics
         self._watched: dict[str, WatchedEngine] = {}
-        self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._report_canary)
+        self._canaries: Canaries[control.Pair] = Canaries(self._send_canary, self._report_canary)
         self._ready: set[str] = set()
-        self._registry = Registry(version=0, entries=[], withheld="starting")
+        self._registry = control.Registry(version=0, entries=[], withheld="starting")
         self._publishes: asyncio.TimerHandle | None = None
 
     def key_of(self, engine: Engine) -> str | None:
@@ -265,7 +250,7 @@ class WatchedMembership:
         await watched.api.close()
         _logger.info("removed %s, with %d requests and leases left", name, num_works)
 
-    def prove_again(self, pair: PairSuspect) -> None:
+    def prove_again(self, pair: control.PairSuspect) -> None:
         """Send a new canary through a pair whose decode engine computed prompts it could pull."""
         if self._canaries.doubt([(pair.peer, pair.local)]):
             self.publish()
@@ -281,7 +266,7 @@ class WatchedMembership:
         for watched in self._watched.values():
             await watched.api.close()
 
-    def _pairs_of(self, name: str) -> list[Pair]:
+    def _pairs_of(self, name: str) -> list[control.Pair]:
         return [pair for pair in self._canaries.pairs() if name in pair]
 
     async def _watch(self, watched: WatchedEngine) -> None:
@@ -298,14 +283,14 @@ class WatchedMembership:
             self._publish_soon()
             await asyncio.sleep(self.settings.poll_s)
 
-    async def _send_canary(self, pair: Pair) -> Proof:
+    async def _send_canary(self, pair: control.Pair) -> Proof:
         (prefill, decode), settings = (self._watched[name] for name in pair), self.settings
         model, is_exact = settings.served_model_name, settings.is_exact
         # Send one canary at a time: the bytes of another canary would prove nothing.
         async with decode.one_at_a_time:
             return await send_canary(prefill.api, decode.api, model, is_exact=is_exact)
 
-    def _report_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
+    def _report_canary(self, pair: control.Pair, result: Proof | CanaryDied) -> None:
         has_failed = isinstance(result, CanaryDied)
         self._metrics.count("canaries", "failed" if has_failed else "proven")
         if isinstance(result, CanaryDied):
@@ -334,7 +319,7 @@ class WatchedMembership:
             self._publishes.cancel()
         self._publishes = None
         prefill, decode = self._healthy("prefill"), self._healthy("decode")
-        due = due_pairs(prefill, decode)
+        due = control.due_pairs(prefill, decode)
         self._canaries.prove(due)
         ready, reasons = judge(prefill, decode, self._canaries.results, self._ready)
         # Engines of the role ``both`` have no pairs to prove.
@@ -355,7 +340,7 @@ class WatchedMembership:
         can_serve = not any(self._ready.isdisjoint(names) for names in needed)
         paths = {True: f"canary/{self.settings.kind}", False: "canary, unchecked"}
         proven = [
-            PairReady(
+            control.PairReady(
                 local=decode_name,
                 peer=name,
                 peer_incarnation=self._watched[name].incarnation,
@@ -368,7 +353,9 @@ class WatchedMembership:
         ]
         now = self._registry
         withheld = "" if can_serve else now.withheld
-        new = Registry(version=now.version, entries=entries, withheld=withheld, pairs=proven)
+        new = control.Registry(
+            version=now.version, entries=entries, withheld=withheld, pairs=proven
+        )
         if new != now or not now.version:
             new.version += 1
             self._registry = new

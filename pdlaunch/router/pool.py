@@ -110,9 +110,7 @@ class EnginePool:
         return route
 
     def can_begin(self, request: RoutingRequest, reserved: set[EngineKey]) -> bool:
-        """Return whether the engines chosen for the request have room to begin it soon; if not, add
-        them to ``reserved``, the engines that are kept for earlier prompts.
-        """
+        """Return whether the engines to choose have room soon; else add them to ``reserved``."""
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self.policy)
         if route.decode is None:

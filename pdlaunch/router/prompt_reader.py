@@ -107,10 +107,7 @@ class PromptReader:
 
 
 def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
-    """Return the tokenizer and chat template that the servers use, if they are on this host.
-
-    ``pinned``: the ``text_digests`` of the files that the servers have read.
-    """
+    """Return the servers' tokenizer and chat template, if their files are on this host."""
     if not model_dir:
         return None
     try:

@@ -53,9 +53,7 @@ class Attempts:
         self.tried.clear()
 
     def wait_s(self, now: float, *, has_tokens: bool) -> float:
-        """Return how long to wait for an engine if none can be asked now. Raises the last failure,
-        or OverloadedError, if no engine is expected.
-        """
+        """Return how long to wait for an engine; raise the last failure if none is expected."""
         # No local variable holds the failure: its traceback would keep the body in memory.
         self.since_at = self.since_at or now
         left_s = self.since_at + self._limits.wait_s - now

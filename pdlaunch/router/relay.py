@@ -185,7 +185,7 @@ class Relay:
                 metrics.count("fallbacks")
         if lease is not None and lease.engine is not route.decode:
             route = msgspec.structs.replace(route, prefill=lease.engine)
-        self._answer.routed(self._prompt, route)
+        self._answer.routes[self._prompt.index] = route
 
     async def _prefill(self, engine: Engine, decode: Engine) -> None:
         """Let ``engine`` compute the first token of each choice and lease the prompt's blocks."""
@@ -214,7 +214,7 @@ class Relay:
                     may_be_leased = False
                     raise
                 begin()
-                self._answer.ignores(ignored)
+                self._answer.ignored_fields |= dict.fromkeys(ignored)
                 with blames(engine):
                     is_chat = prompt.endpoint.is_chat
                     handover = Handover(state, engine, answer, is_chat=is_chat)
@@ -285,7 +285,7 @@ class Relay:
             async with self._state.client.stream(
                 engine, path, body, self._headers(attempt, dp_rank), is_whole=is_whole
             ) as stream:
-                self._answer.ignores(stream.ignored_fields)
+                self._answer.ignored_fields |= dict.fromkeys(stream.ignored_fields)
                 # The time of a whole answer does not show how fast the engine computes prompts.
                 begin_at_token = None if is_whole else begin
                 await self._relay(engine, stream, lease, call, begin_at_token, continuation)

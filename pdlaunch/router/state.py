@@ -133,9 +133,7 @@ class EventLog:
 
 
 class RouterState:
-    """Holds the objects that all requests of the process share. Belongs to the event loop.
-    ``prove_again`` requests a new canary for a pair. ``model_dir``: folder of the tokenizer.
-    """
+    """Holds the objects that all requests of the process share. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -238,9 +236,7 @@ class RouterState:
             self.spawn(self.client.notify(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def find(self, look: Callable[[], T], timeout_s: float) -> T:
-        """Call ``look`` at each change of the registry until its result is true, for at most
-        ``timeout_s``; return the last result.
-        """
+        """Call ``look`` at each change of the registry until its result is true; return it."""
         until_at = self.now() + timeout_s
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)

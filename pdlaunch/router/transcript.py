@@ -63,9 +63,7 @@ class Transcript:
         del token_ids[num_tokens:]
 
     def admit(self, chunk: Chunk) -> bool:
-        """Record ``chunk`` and remove the parts that the client has; return False if none is left.
-        Raises LookupError, TypeError or AttributeError if it has not the OpenAI form.
-        """
+        """Record ``chunk`` and remove what the client has; return False if nothing is left."""
         # Check all choices first: no token of an invalid chunk may count as sent.
         for choice in chunk["choices"]:
             _require_form(choice, len(self._choices))
@@ -77,10 +75,9 @@ class Transcript:
         return bool(chunk["choices"])
 
     def extend(self, chunk: Chunk) -> int:
-        """Admit a plain chunk: text and its tokens for the only choice, and nothing else. Most
-        chunks are plain. Return the number of tokens; 0 for other chunks, which are not recorded.
-
-        Does the same as ``admit``, but saves a quarter of the router's time for a token.
+        """Admit a chunk with text and its tokens for the only choice, and nothing else; return the
+        number of tokens. Other chunks are not recorded: 0. Saves a quarter of the router's time
+        for a token.
         """
         try:
             (choice,) = chunk["choices"]

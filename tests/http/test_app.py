@@ -12,10 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from pdlaunch import __version__
 from pdlaunch.errors import KillsEngineError, OverloadedError
-from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes, request_id_of
+from pdlaunch.http.app import AppRoute, Guard, HttpApp, bearer_check, model_routes, request_id_of
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import STARTING, RelayedError, json_response
-from pdlaunch.http.guard import Guard
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.openai.responses import ModelCard
 
@@ -26,13 +25,7 @@ ERRORS = {
     "/deadly": KillsEngineError("crashed twice"),
     "/broken": ZeroDivisionError("secret"),
     "/starting": OverloadedError("the deployment is starting", status=503, code=STARTING),
-    "/relayed": RelayedError(
-        "engine e answered 418",
-        status=418,
-        body=b'{"a": 1}',
-        content_type="application/json",
-        headers={"Retry-After": "9"},
-    ),
+    "/relayed": RelayedError("engine e answered 418", 418, b'{"a": 1}', {"retry-after": "9"}),
 }
 
 

@@ -10,7 +10,7 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.guard import Guard
+from pdlaunch.http.app import Guard
 
 HERE = "127.0.0.1"
 

@@ -27,10 +27,9 @@ from pdlaunch.engine.server.generate import generate
 from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import ServedModel, load_served_model
 from pdlaunch.errors import OverloadedError, PdlaunchError, RequestError, StartupError
-from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, health_routes, model_routes
+from pdlaunch.http.app import AppRoute, Guard, HttpApp, bearer_check, health_routes, model_routes
 from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.errors import json_response
-from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import ignored_fields_header
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised

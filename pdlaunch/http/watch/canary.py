@@ -125,28 +125,26 @@ class Canaries(Generic[Pair]):
     async def _prove(self, pair: Pair) -> None:
         pause_s = FIRST_RETRY_S
         while True:
-            result = self.results[pair] = await self._try(pair)
-            if isinstance(result, Proof):
+            try:
+                async with self._at_once:
+                    proof = self.results[pair] = await self.send(pair)
+            except CanaryDied as error:
+                died = error
+            except ProtocolError as error:
+                died = CanaryDied(str(error))
+            except Exception as error:
+                # No answer of an engine may prevent further canaries.
+                _logger.exception("a canary cannot be sent")
+                died = CanaryDied(f"{type(error).__name__}: {error}")
+            else:
                 # Before ``report``, which may call ``doubt`` and ``prove`` for this pair.
                 del self._tasks[pair]
-                self.report(pair, result)
+                self.report(pair, proof)
                 return
-            self.report(pair, result)
+            self.results[pair] = died
+            self.report(pair, died)
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
-
-    async def _try(self, pair: Pair) -> Proof | CanaryDied:
-        try:
-            async with self._at_once:
-                return await self.send(pair)
-        except CanaryDied as died:
-            return died
-        except ProtocolError as error:
-            return CanaryDied(str(error))
-        except Exception as error:
-            # No answer of an engine may prevent further canaries.
-            _logger.exception("a canary cannot be sent")
-            return CanaryDied(f"{type(error).__name__}: {error}")
 
 
 async def send_canary(
@@ -217,8 +215,8 @@ async def send_canary(
 def num_recomputed(answer: Mapping[str, Any]) -> int | None:
     """Return how many prompt tokens decode computed although it got their KV blocks.
 
-    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details, or of a chunk
-    before the last. Raises LookupError, TypeError or AttributeError for a malformed usage.
+    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details. Raises
+    LookupError, TypeError or AttributeError for a malformed usage.
     """
     usage = answer.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")

@@ -53,9 +53,7 @@ class Counts:
 
     @property
     def kv_cache_tokens(self) -> int:
-        """Return how many tokens fit into the KV caches of all ranks of a vLLM engine; 0: unknown.
-        With several groups of layers, fewer tokens fit.
-        """
+        """Return at most how many tokens fit into vLLM's KV caches; 0: unknown."""
         wanted = ("num_gpu_blocks", "block_size")
         told = (self.label("vllm:cache_config_info", name) or "" for name in wanted)
         return math.prod(int(each) if each.isdecimal() else 0 for each in told)

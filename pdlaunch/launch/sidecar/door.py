@@ -17,11 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, StartupError
-from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, request_id_of
+from pdlaunch.http.app import AppRoute, Guard, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
-from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER, PASSED_HEADERS, REQUEST_ID_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
