@@ -42,7 +42,6 @@ class ServerLink:
         return self._server is not None
 
     def receive(self) -> list[ToRank]:
-        """Return the messages that have arrived from the server, in order; never blocks."""
         messages: list[ToRank] = []
         for identity, *_, frame in drain(self.socket):
             message = to_rank.decode(frame)
@@ -76,7 +75,6 @@ class LeaderChannel:
             self.socket.send_multipart([identity, frame])
 
     def receive(self) -> list[StepDone]:
-        """Return the reports that have arrived from the other ranks; never blocks."""
         reports = []
         for identity, *_, frame in drain(self.socket):
             reports.append(step_done.decode(frame))

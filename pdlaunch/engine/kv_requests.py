@@ -300,7 +300,7 @@ class KVTransfers:
         shared = [one.hit.block_ids for one in incoming if one.request is not None]
         self._kv.pool.check_integrity(
             owned=[
-                *(block_id for request in requests for block_id in request.tables.all_ids()),
+                *_flat(request.tables.block_ids for request in requests),
                 *_flat([*self.leases.values(), *shared]),
                 *self._stored_ids(),
             ],
@@ -315,5 +315,4 @@ class KVTransfers:
 
 
 def _flat(owners: Iterable[list[list[int]]]) -> Iterator[int]:
-    """Yield the blocks of all owners and groups, each block once for each of its owners."""
     return (block_id for groups in owners for block_ids in groups for block_id in block_ids)

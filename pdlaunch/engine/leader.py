@@ -27,21 +27,8 @@ from pdlaunch.engine.step import (
     from_rank_zero,
     step_done,
 )
+from pdlaunch.protocol import engine
 from pdlaunch.protocol.control import SleepState
-from pdlaunch.protocol.engine import (
-    AbortRequest,
-    AddRequest,
-    CheckIntegrity,
-    Hello,
-    IntegrityReport,
-    Outputs,
-    ReadStats,
-    RequestFinished,
-    Sleep,
-    ToRank,
-    WakeUp,
-    Welcome,
-)
 from pdlaunch.protocol.transfer import TransferEvent
 from pdlaunch.transfer.thread import TransferThread
 
@@ -203,44 +190,44 @@ class Leader:
                 case event:
                     self._requests.on_transfer_event(event)
 
-    def _on_request(self, message: ToRank) -> None:
+    def _on_request(self, message: engine.ToRank) -> None:
         match message:
-            case Hello():
+            case engine.Hello():
                 # The server is a new process and knows none of the requests here.
                 self._requests.abort_all()
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
-                welcome = Welcome(
+                welcome = engine.Welcome(
                     num_blocks=self._runner.num_blocks,
                     max_model_len=self._requests.max_model_len,
                     sleeping_tags=self._sleep.sleeping_tags,
                 )
                 self._server.send(welcome)
                 self._send_blocks(every=True)
-            case AddRequest() if not self._sleep.computes:
-                refusal = RequestFinished(
+            case engine.AddRequest() if not self._sleep.computes:
+                refusal = engine.RequestFinished(
                     request_id=message.request_id, reason="error", error="the engine is asleep"
                 )
-                self._server.send(Outputs(items=[refusal]))
-            case AddRequest():
+                self._server.send(engine.Outputs(items=[refusal]))
+            case engine.AddRequest():
                 self._requests.add(message)
-            case Sleep() | WakeUp():
+            case engine.Sleep() | engine.WakeUp():
                 self._sleep.begin(message)
-            case AbortRequest():
+            case engine.AbortRequest():
                 self._requests.abort(message.request_id)
-            case ReadStats():
+            case engine.ReadStats():
                 self._stats_due_at = 0.0  # sends them at the end of this turn
-            case CheckIntegrity():
+            case engine.CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 
-    def _integrity(self, call_id: int) -> IntegrityReport:
+    def _integrity(self, call_id: int) -> engine.IntegrityReport:
         error = None
         try:
             self._requests.check_integrity()
         except AssertionError as found:
             logger.exception("the owners of the KV blocks are inconsistent")
             error = str(found) or repr(found)
-        return IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
+        return engine.IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
 
     def _notify_followers(self, message: StepPlan | SleepRank | WakeRank | StopRank) -> None:
         if self._followers is not None:
@@ -257,7 +244,7 @@ class Leader:
     def _send_outputs(self) -> None:
         self._send_blocks()
         if outputs := self._requests.take_outputs():
-            self._server.send(Outputs(items=outputs))
+            self._server.send(engine.Outputs(items=outputs))
 
     def _send_blocks(self, *, every: bool = False) -> None:
         if (blocks := self._requests.take_blocks(every=every)) is not None:

@@ -84,7 +84,6 @@ class Histograms:
             self.observe("request_time_per_output_token_seconds", per_token_s)
 
     def pulled(self, event: PullFinished) -> None:
-        """Observe a successful pull, by prefill engine and path."""
         labels = (event.prefill, event.path)
         self.observe("kv_pull_seconds", event.seconds, labels)
         self.observe("kv_pull_bytes", event.num_bytes, labels)

@@ -171,10 +171,8 @@ class Request:
 
     @property
     def num_pulled_tokens(self) -> int:
-        """Return how many tokens count as computed after a pull: the whole prompt.
-
-        Without an output token, the last prompt token is computed here, to draw the first one.
-        """
+        """Return how many tokens count as computed after a pull: the whole prompt."""
+        # Without an output token, the last prompt token is computed here, to draw the first one.
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
     def mark(self, name: str, /, **attributes: Attribute) -> None:
@@ -225,7 +223,6 @@ class Request:
         return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
-        """Return why the request ends with this token, or None when it goes on."""
         sampling = self.message.sampling
         if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return "stop"
@@ -371,9 +368,8 @@ class Batch:
         return {request for request in requests if request.phase is Phase.FINISHED}
 
     def check_integrity(self, owners: set[Request]) -> None:
-        """Check that no row is used twice, and that counts match the steps in flight.
-
-        ``owners``: all unfinished requests, and those of ``ended``. Raises AssertionError.
+        """Check that no row is used twice, and that counts match the steps in flight. ``owners``:
+        all unfinished requests, and those of ``ended``. Raises AssertionError.
         """
         in_flight: Counter[Request] = Counter()
         unknown: Counter[Request] = Counter()

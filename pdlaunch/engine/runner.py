@@ -238,10 +238,9 @@ class ModelRunner:
         return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())
 
     def sleep(self, level: int) -> int:
-        """Free the memory of weights and KV cache; return the freed bytes. No row may be in use.
-
-        ``level`` 1 keeps the weights in host memory; 2 drops them, and ``wake_up`` reads them
-        again. After a MemoryPoolError, the runner is awake as before.
+        """Free the memory of weights and KV cache; return the freed bytes. ``level`` 1 keeps the
+        weights in host memory; 2 drops them, and ``wake_up`` reads them again. After a
+        MemoryPoolError, the runner is awake as before.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
         # True until the weights are read again; waking the KV cache alone does not change this.
@@ -251,11 +250,9 @@ class ModelRunner:
         return num_bytes
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Allocate the memory of ``tags`` again; return the allocated bytes. Weights are as before,
-        the KV cache is empty.
-
-        Raises MemoryPoolError if the device has too little memory, ConfigError if the weights
-        cannot be read or have changed. The weights then still count as asleep.
+        """Allocate the memory of ``tags`` again; return the allocated bytes. Raises MemoryPoolError
+        if the device has too little memory, ConfigError if the weights cannot be read or have
+        changed. The weights then still count as asleep.
         """
         waking = self._pools.sleeping_tags & set(tags)
         num_bytes = self._pools.wake_up(waking) if waking else 0
@@ -351,12 +348,10 @@ def count_kv_blocks(
 def left_for_cache(
     *, free_bytes: int, total_bytes: int, own_bytes: int, utilization: float, activation_bytes: int
 ) -> int:
-    """Return how many bytes are left for the KV cache of a rank; 0 if nothing is left.
+    """Return how many bytes are left for the KV cache of a rank that holds ``own_bytes`` now.
 
     ``utilization`` is the share of the GPU for this rank alone, as in vLLM. Memory of other
-    processes does not count against this share, but it is not available either. ``free_bytes`` and
-    ``total_bytes`` are the GPU's; this process holds ``own_bytes`` now and needs
-    ``activation_bytes`` for a step.
+    processes does not count against this share, but it is not available either.
     """
     budget = total_bytes * utilization - own_bytes
     available = free_bytes - total_bytes * min(_MOST_SPARED, 1 - utilization)

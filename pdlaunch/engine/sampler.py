@@ -113,10 +113,8 @@ def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
 def _logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]
 ) -> list[torch.Tensor]:
-    """Return log-probabilities of the rows in ``num_tops``.
-
-    They are [n] of the row's token, [n, k] of the likeliest tokens, and [n, k] the ids of the
-    latter; k is the largest of ``num_tops``.
+    """Return log-probabilities of the rows in ``num_tops``: [n] of the row's token, [n, k] of the
+    likeliest tokens, and [n, k] the ids of the latter; k is the largest of ``num_tops``.
     """
     rows = _indices([*num_tops], logits)
     logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)

@@ -205,10 +205,14 @@ class Scheduler:
                 continue
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
+            # Two suspects must not run together: it would be unknown which kills the rank.
+            has_to_wait = request.is_suspect and any(
+                each.is_suspect for each in self._queues.running
+            )
             if (
                 not request.wants_pull
                 and self._batch.free_rows
-                and not self._has_to_be_apart(request)
+                and not has_to_wait
                 and self.requests.is_compiled(request)
             ):
                 lacks_blocks |= not self._admit(request, step)
@@ -216,9 +220,6 @@ class Scheduler:
         if lacks_blocks and nothing_runs and len(self._queues.ready()) > 1:
             # READY requests hold blocks that other requests need.
             self._preempt_latest(step)
-
-    def _has_to_be_apart(self, request: Request) -> bool:
-        return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
     def _admit(self, request: Request, step: _Draft) -> bool:
         """Seat a request and schedule its first chunk. Return False if it lacks blocks.

@@ -54,10 +54,7 @@ class ReadPlan:
         wrong = np.argwhere(found != np.concatenate(expected))
         if len(wrong):
             row, head = wrong[0].tolist()
-            there, here = (
-                list(chain(*blocks))
-                for blocks in (self.blocks.remote_blocks, self.blocks.local_blocks)
-            )
+            there, here = [*chain(*self.blocks.remote_blocks)], [*chain(*self.blocks.local_blocks)]
             raise VerificationError(
                 f"checksum of KV head {self.blocks.local_heads[head]} differs: block "
                 f"{there[row]} there, block {here[row]} here"

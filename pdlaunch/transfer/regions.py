@@ -28,6 +28,12 @@ Addresses = npt.NDArray[np.uint64]
 BlockIds = Sequence[Sequence[int]]  # for each KV cache group, its block ids
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole allocation that contains a tensor, as [num_bytes] uint8."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
+
+
 @dataclass(frozen=True)
 class KVRegions:
     """Holds one rank's KV cache."""
@@ -70,12 +76,8 @@ class KVRegions:
 
     @cached_property
     def allocations(self) -> list[torch.Tensor]:
-        """Return each allocation that contains regions, as [num_bytes] uint8."""
         storages = {each.untyped_storage().data_ptr(): each for each in self.regions}
-        return [
-            torch.empty(0, dtype=torch.uint8, device=each.device).set_(each.untyped_storage())
-            for each in storages.values()
-        ]
+        return list(map(bytes_of, storages.values()))
 
     def num_bytes(self, blocks: BlockIds, num_heads: int) -> int:
         """Return the size of ``num_heads`` heads of these blocks."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pdlaunch.transfer.handshake import heads_of_rank
-from pdlaunch.transfer.regions import KVRegions
+from pdlaunch.transfer.regions import KVRegions, bytes_of
 
 # Prefixes of the spec names of layers whose pages can be transferred.
 _KINDS = (
@@ -81,7 +81,7 @@ class _Layer:
             rows, stride, part_bytes = 1, stride * rows, part_bytes * rows
         for row in range(rows):
             for part in range(parts):
-                yield _bytes_of(tensor).as_strided(
+                yield bytes_of(tensor).as_strided(
                     (tensor.shape[0] // self.rows_per_block, num_heads, part_bytes // num_heads),
                     (stride * rows, part_bytes // num_heads, 1),
                     start + row * stride + part * apart,
@@ -178,12 +178,6 @@ def _layer(name: str, spec: Any, tensor: Any, num_blocks: int) -> _Layer:
             "blocks: the memory of a block is not contiguous"
         )
     return _Layer(name, spec, tensor, rows)
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole memory allocation of a tensor as [num_bytes] uint8."""
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return whole.set_(tensor.untyped_storage())
 
 
 def _describe_group(layers: list[_Layer]) -> str:

@@ -35,7 +35,6 @@ class TokenHasher:
         self.block_hashes: list[bytes] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Hash the new full blocks of ``token_ids``, the prompt and the output so far."""
         start = len(self.block_hashes) * self._block_size
         num_blocks = (len(token_ids) - start) // self._block_size
         if num_blocks > 0:

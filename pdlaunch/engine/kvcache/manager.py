@@ -23,7 +23,7 @@ is reused first. Owners keep the ids of their blocks and release each block exac
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pdlaunch.engine.kvcache.groups import (
@@ -136,7 +136,6 @@ class BlockPool:
         assert not any(self._by_hash)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
-        """Count how many of these blocks are cached: ``share`` takes them from the free blocks."""
         return sum(block_id in self._cached for block_id in block_ids)
 
     def check_integrity(
@@ -146,10 +145,8 @@ class BlockPool:
         pulling: Iterable[int] = (),
         quarantined: Iterable[int] = (),
     ) -> None:
-        """Check that each block is in one state and that each hash leads to its block.
-
-        The arguments list the block ids of all owners and transfers, once for each of them. Raises
-        AssertionError.
+        """Check that each block is in one state and that each hash leads to its block. The
+        arguments list the blocks of all owners and transfers, once for each. Raises AssertionError.
         """
         num_owners = [0] * self.num_blocks
         for block_id in owned:
@@ -227,7 +224,6 @@ class BlockTables:
         )
 
     def between(self, group: int, start: int, end: int) -> list[int]:
-        """Return the blocks of the group with logical indices in [start, end)."""
         first = self.first[group]
         return self.block_ids[group][max(0, start - first) : max(0, end - first)]
 
@@ -237,10 +233,6 @@ class BlockTables:
         del self.block_ids[group][:count]
         self.first[group] += len(popped)
         return popped
-
-    def all_ids(self) -> Iterator[int]:
-        for held in self.block_ids:
-            yield from held
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +261,6 @@ class KVCacheManager:
         return tables
 
     def num_logical_blocks(self, num_tokens: int) -> int:
-        """Return the number of blocks that ``num_tokens`` tokens need in one full group."""
         return -(-num_tokens // self.block_size)
 
     def min_blocks(self, num_tokens: int) -> int:
@@ -317,7 +308,6 @@ class KVCacheManager:
     def adopt_pulled(
         self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]
     ) -> None:
-        """Fill empty ``tables`` with shared blocks and the blocks of a successful pull."""
         for block_ids in pulled:
             self.pool.finish_pull(block_ids)
         tables.append(

@@ -48,7 +48,6 @@ class PrefixKeys:
         self.keys: list[int] = []
 
     def extend(self, token_ids: Sequence[int], num_blocks: int) -> None:
-        """Add the missing keys of the first ``num_blocks`` blocks."""
         parent = self.keys[-1] if self.keys else self._root
         tokens = token_ids[len(self.keys) * self._block_size : num_blocks * self._block_size]
         self.keys += next_keys(parent, as_bytes(tokens), self._block_size)
@@ -79,7 +78,6 @@ class PrefixChanges:
         self._changes[tier][key] = is_held
 
     def find(self, block_hash: bytes) -> int | None:
-        """Return the key of a block that a tier holds; None if no tier holds it."""
         return next((keys[block_hash] for keys in self._held.values() if block_hash in keys), None)
 
     def take(self) -> tuple[Keys, Keys] | None:

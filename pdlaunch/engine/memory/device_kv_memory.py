@@ -29,10 +29,8 @@ from pdlaunch.errors import ConfigError, MemoryPoolError
 def open_kv_memory(
     pools: MemoryPools, device: torch.device, *, shared: bool, mapped_alone: bool = False
 ) -> KVMemory:
-    """Return the KV memory for a device. ``shared``: peers may map it.
-
-    ``mapped_alone``: peers can only map it, so expandable segments are off for it on a GPU.
-    Otherwise a library may read it, too, and PD204 refuses expandable segments.
+    """Return the KV memory for a device. ``shared``: peers may map it. ``mapped_alone``: peers can
+    only map it, so expandable segments are off for it on a GPU; PD204 refuses them for the others.
     """
     if device.type == "cpu":
         return HostKVMemory() if shared else PrivateKVMemory()

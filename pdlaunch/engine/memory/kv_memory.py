@@ -49,7 +49,6 @@ class SharedRange:
 
     @property
     def needs_fd(self) -> bool:
-        """Return True if a peer needs a file descriptor to map the range."""
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:

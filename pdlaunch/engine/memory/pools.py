@@ -75,10 +75,9 @@ class MemoryPools:
         return contextlib.nullcontext()
 
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
-        """Free the physical memory of ``tags``. Tensors keep their addresses but must not be used.
-
-        The bytes of tags in ``keep`` are copied to page-locked host memory. Returns the number of
-        bytes freed. Raises MemoryPoolError; then nothing has changed.
+        """Free the physical memory of ``tags``; return the number of bytes. Tensors keep their
+        addresses but must not be used. The bytes of tags in ``keep`` are copied to page-locked host
+        memory. Raises MemoryPoolError; then nothing has changed.
         """
         raise MemoryPoolError(
             "memory that was not allocated from CuMem pools cannot sleep: switch enable_sleep_mode "
@@ -86,10 +85,9 @@ class MemoryPools:
         )
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Allocate physical memory for ``tags`` at the same addresses. Its contents are restored if
-        they were kept, else undefined. Returns the number of bytes allocated.
-
-        Raises MemoryPoolError if the device has too little memory; then the tags still sleep.
+        """Allocate physical memory for ``tags`` at the same addresses; return the number of bytes.
+        Its contents are restored if they were kept, else undefined. Raises MemoryPoolError if the
+        device has too little memory; then the tags still sleep.
         """
         raise MemoryPoolError("memory that was not allocated from CuMem pools does not sleep")
 

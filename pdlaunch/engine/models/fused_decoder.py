@@ -170,9 +170,7 @@ def _normalize(
     hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None
 ) -> torch.Tensor:
     """Add ``hidden``, after ``hidden_norm`` if there is one, to ``residual`` in place. Return the
-    norm of ``residual``.
-
-    All are [num_tokens, size].
+    norm of ``residual``. All are [num_tokens, size].
     """
     result = torch.empty_like(residual)
     size = residual.shape[1]

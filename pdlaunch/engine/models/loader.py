@@ -141,12 +141,10 @@ class ModelLoader:
 def _place_stacks(
     model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Allocate the weights and biases of stacked layers, uninitialised.
-
-    If they were stacked after loading, the allocator would keep the memory of the single weights.
-
-    ``shapes``: of this rank's part of all parameters, by name.
+    """Allocate the weights and biases of stacked layers, uninitialised. ``shapes``: of this rank's
+    part of all parameters, by name.
     """
+    # If they were stacked after loading, the allocator would keep the memory of the single weights.
     for parent_name, parent in model.named_modules():
         for stack in STACKS:
             for kind in ("weight", "bias"):
@@ -177,7 +175,6 @@ def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str,
 
 
 def _part(source: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Return this rank's part of ``source``, a tensor or a slice object of safetensors."""
     dimension, share = cut
     return source[share] if dimension == 0 else source[:, share]
 

@@ -73,26 +73,18 @@ class TPGroup:
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy rank 0's ``tensor`` to all ranks."""
         dist.broadcast(tensor, src=0)
         return tensor
 
     def least(self, number: int) -> int:
-        """Return the smallest number of all ranks, on every rank."""
         smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """Return rank 0's ``data`` on every rank. The other ranks pass any bytes of equal length.
-        Raw bytes are sent, so nothing is unpickled.
-        """
+        """Return rank 0's ``data`` on every rank. The others pass any bytes of equal length."""
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
         return bytes(self.broadcast(payload).cpu().numpy())
-
-    def close(self) -> None:
-        """Leave the group. On CUDA, first drop all graphs with collectives: NCCL waits for them."""
-        dist.destroy_process_group()
 
 
 def says_that_a_rank_is_gone(error: BaseException) -> bool:
@@ -145,11 +137,9 @@ class Shard:
         return self.tp_rank * self.shape.num_kv_heads // self.tp_size
 
     def share(self, module_name: str, size: int) -> slice:
-        """Return this rank's part of a dimension of ``size``.
-
-        Ranks that share a KV head have the same part of keys and values.
-        """
+        """Return this rank's part of a dimension of ``size``."""
         if module_name.endswith((".k_proj", ".v_proj")):
+            # Ranks that share a KV head have the same part.
             head_dim, first = size // self.shape.num_kv_heads, self.first_kv_head
             return slice(first * head_dim, (first + self.num_kv_heads) * head_dim)
         part = size // self.tp_size

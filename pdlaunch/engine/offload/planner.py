@@ -156,14 +156,13 @@ class HostTier:
                 self._notify(block.key, False)
             # A failed block is free only after its last load.
             if block.is_failed and not block.pins:
-                self._release(host_id)
+                del self._blocks[host_id]
+                self._free.append(host_id)
 
     def check_integrity(self, *, storing: Iterable[int] = (), loading: Iterable[int] = ()) -> None:
-        """Check that each host block is either free or used, that each block has one pin for each
-        load, and that each hash leads to its block.
-
-        The arguments list the host ids of all running jobs, once for each job. Raises
-        AssertionError.
+        """Check that each host block is free or used, that it has a pin for each load, and that
+        each hash leads to its block. The arguments list the host ids of all running jobs, once for
+        each job. Raises AssertionError.
         """
         pins = dict.fromkeys(range(self.num_blocks), 0)
         for host_id in loading:
@@ -184,14 +183,10 @@ class HostTier:
         return block.is_resident and not block.pins
 
     def _give_up(self, host_id: int) -> None:
-        key = self._blocks[host_id].key
-        del self._by_key[key]
-        self._release(host_id)
-        self._notify(key, False)
-
-    def _release(self, host_id: int) -> None:
-        del self._blocks[host_id]
+        key = self._blocks.pop(host_id).key
         self._free.append(host_id)
+        del self._by_key[key]
+        self._notify(key, False)
 
     def _notify(self, key: BlockKey, is_found: bool) -> None:
         if key.group == 0:
@@ -225,10 +220,7 @@ class OffloadPlanner:
         self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindBlock
     ) -> HostHit | None:
         """Return the longest prefix of at most ``max_blocks`` blocks on device and host; None if it
-        has no blocks on the host.
-
-        It is never shorter than the prefix on the device alone. The blocks are not pinned, so call
-        ``begin_load`` at once or not at all.
+        has no blocks on the host. They are not pinned: call ``begin_load`` at once or not at all.
         """
 
         def runs(group: int, start: int, limit: int) -> tuple[list[int], list[int]]:
@@ -254,9 +246,7 @@ class OffloadPlanner:
         self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]
     ) -> OffloadJob:
         """Make the job that loads the host blocks of ``hit``. ``block_ids``: by group, a device
-        block for each of ``hit.host_ids``.
-
-        The job owns these blocks until ``finish``. The caller shares the blocks of ``hit.device``.
+        block for each of ``hit.host_ids``, which the job owns until ``finish``.
         """
         moves: list[Move] = []
         for group, (ids, host_ids) in enumerate(zip(block_ids, hit.host_ids, strict=True)):
@@ -270,9 +260,7 @@ class OffloadPlanner:
         self, tables: BlockTables, block_hashes: Sequence[bytes], blocks: range
     ) -> OffloadJob | None:
         """Make the job that stores these logical blocks, except blocks that the tier has already or
-        has no room for. Return None if no blocks remain.
-
-        All tokens of the blocks are computed. The caller shares ``job.block_ids`` once more and
+        has no room for; None if no blocks remain. The caller shares ``job.block_ids`` once more and
         releases them after ``finish``, so that the blocks keep their content.
         """
         moves: list[Move] = []
@@ -286,7 +274,6 @@ class OffloadPlanner:
         return self._add("store", moves) if moves else None
 
     def finish(self, report: JobFinished) -> OffloadJob:
-        """Record that all ranks have ended a job. The caller owns its device blocks again."""
         job = self._jobs.pop(report.job_id)
         if job.direction == "load":
             self.tier.finish_load(job.host_ids, report.failed_host_ids)
@@ -296,17 +283,16 @@ class OffloadPlanner:
         return job
 
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
-        """Yield the device blocks of all jobs of a direction, once for each job."""
         for job in self._jobs.values():
             if job.direction == direction:
                 yield from job.block_ids
 
     def check_integrity(self) -> None:
-        """Check that tier and jobs agree on the blocks in use. Raises AssertionError."""
-        in_flight: dict[Direction, list[int]] = {"store": [], "load": []}
-        for job in self._jobs.values():
-            in_flight[job.direction] += job.host_ids
-        self.tier.check_integrity(storing=in_flight["store"], loading=in_flight["load"])
+        storing, loading = (
+            [id_ for job in self._jobs.values() if job.direction == each for id_ in job.host_ids]
+            for each in DIRECTIONS
+        )
+        self.tier.check_integrity(storing=storing, loading=loading)
 
     def _add(self, direction: Direction, moves: Sequence[Move]) -> OffloadJob:
         block_ids, host_ids, keys = map(list, zip(*moves, strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pdlaunch.engine.server.structured import ToolCallReader
+from pdlaunch.engine.server.structured import ToolCallReader, overlap
 from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.protocol.engine import AddRequest
 from pdlaunch.protocol.kv_params import TokenOutput
@@ -75,15 +75,13 @@ class TextStream:
             start, size, self.stop_string = min(found)
             self._held = ""
             return text[: start + size] if self._include_stop else text[:start]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
+        num_held = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
     def finish(self) -> str:
-        """Return the text that was held back, if the choice has ended without a stop string.
-
-        Incomplete characters are emitted as U+FFFD.
-        """
+        """Return the text that was held back, if the choice has ended without a stop string."""
+        # An incomplete character is emitted as U+FFFD.
         rest = self._decode()[len(self._prefix) + self._emitted :]
         self._emitted += len(rest)
         self.num_chars += len(rest)
@@ -108,12 +106,6 @@ class TextStream:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest ending of ``text`` with which ``stop`` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(slots=True)
@@ -216,20 +208,17 @@ class Choice:
         continues = reason == "length" and self._continues_elsewhere
         if self.is_over and self._text.stop_string is None and not continues:
             delta.text += self._text.finish()
-        if self._calls is not None:
-            self._read_calls(self._calls, delta, continues=continues)
+        if (reader := self._calls) is not None:
+            delta.text, delta.tool_calls = reader.push(delta.text)
+            if self.is_over and not continues:
+                text, calls = reader.finish(is_cut=self.finish_reason == "length")
+                delta.text += text
+                delta.tool_calls += calls
+                if reader.num_calls and self.finish_reason == "stop":
+                    self.finish_reason = "tool_calls"
         delta.text, self._echo = self._echo + delta.text, ""
         delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
         return delta
-
-    def _read_calls(self, reader: ToolCallReader, delta: Delta, *, continues: bool) -> None:
-        delta.text, delta.tool_calls = reader.push(delta.text)
-        if self.is_over and not continues:
-            text, calls = reader.finish(is_cut=self.finish_reason == "length")
-            delta.text += text
-            delta.tool_calls += calls
-            if reader.num_calls and self.finish_reason == "stop":
-                self.finish_reason = "tool_calls"
 
     def resume(self, tokens: Sequence[TokenOutput], *, sent: bool) -> Delta | None:
         """Add tokens that another engine has drawn; return the output that the client lacks.

@@ -391,8 +391,7 @@ class ServerMetrics(Collector):
         self, registry: CollectorRegistry, *, engine: str, role: str, model_name: str
     ) -> None:
         labels = {"engine": engine, "role": role, "model_name": model_name}
-        self.stats = EngineStats()
-        self._engine = engine
+        self.stats, self._engine = EngineStats(), engine
         self._names, self._values = list(labels), list(labels.values())
         self.registry = registry
         self.requests = RequestMetrics(registry, labels)
@@ -403,7 +402,6 @@ class ServerMetrics(Collector):
         self.requests.prompt_length.observe(num_prompt_tokens)
 
     def ended(self, choices: Sequence[Choice], otherwise: str) -> None:
-        """Count the finish reasons of the choices. A choice without one counts as ``otherwise``."""
         for choice in choices:
             self.requests.finished(choice.finish_reason or otherwise)
 

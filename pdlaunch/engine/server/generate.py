@@ -42,21 +42,8 @@ from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.kv_params import TokenOutput
+from pdlaunch.protocol.openai import responses
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
-from pdlaunch.protocol.openai.responses import (
-    REPORT_KEY,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatText,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    PromptLogprob,
-    PromptLogprobs,
-    TokenLogprob,
-    Usage,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -231,7 +218,7 @@ class AnswerWriter:
             return body
         # Added to the encoded object, because answers to other callers never have this member.
         report = msgspec.json.encode(self._spans.report())
-        return b'%s,"%s":%s}' % (body[:-1], REPORT_KEY.encode(), report)
+        return b'%s,"%s":%s}' % (body[:-1], responses.REPORT_KEY.encode(), report)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the stream without its last events; a piece holds all that arrived together."""
@@ -252,7 +239,7 @@ class AnswerWriter:
             last.usage = self._generation.usage()
             end += encode_event(last)
         if self._spans is not None:
-            end += encode_event({"choices": [], REPORT_KEY: self._spans.report()})
+            end += encode_event({"choices": [], responses.REPORT_KEY: self._spans.report()})
         return end + DONE
 
     def _is_shown(self, delta: Delta) -> bool:
@@ -264,14 +251,14 @@ class AnswerWriter:
         has_output = delta.text or delta.tool_calls or delta.finish_reason or delta.prompt
         return bool(has_output or (delta.tokens and wants_tokens))
 
-    def _opening(self) -> list[ChatCompletion | Completion]:
+    def _opening(self) -> list[responses.ChatCompletion | responses.Completion]:
         """Return the chunks before any text: the role of every choice, the prompts' token ids."""
         num_choices = self._request.n
         if self._is_chat:
             chunk = self._new([Delta(index) for index in range(num_choices)], names_prompts=True)
             for choice in chunk.choices:
-                assert isinstance(choice, ChatChoice)
-                choice.delta = ChatText(role="assistant", content="")
+                assert isinstance(choice, responses.ChatChoice)
+                choice.delta = responses.ChatText(role="assistant", content="")
                 choice.token_ids = UNSET
         elif self._request.return_token_ids:
             firsts = range(0, num_choices * len(self._generation.prompts), num_choices)
@@ -281,12 +268,12 @@ class AnswerWriter:
         chunk.usage = self._usage_so_far()
         return [chunk]
 
-    def _usage_so_far(self) -> Usage | UnsetType:
+    def _usage_so_far(self) -> responses.Usage | UnsetType:
         return self._generation.usage() if self._request.continuous_usage else UNSET
 
     def _new(
         self, deltas: Sequence[Delta], *, is_whole: bool = False, names_prompts: bool = False
-    ) -> ChatCompletion | Completion:
+    ) -> responses.ChatCompletion | responses.Completion:
         """Return an answer, or a chunk of a stream."""
         request, prompts = self._request, self._generation.prompts
         names_prompts = names_prompts and request.return_token_ids
@@ -294,8 +281,8 @@ class AnswerWriter:
             choices = list(map(self._completion_choice, deltas))
             for choice in choices if names_prompts else ():
                 choice.prompt_token_ids = prompts[choice.index // request.n]
-            return Completion(**self._head, choices=choices)
-        answer = ChatCompletion(
+            return responses.Completion(**self._head, choices=choices)
+        answer = responses.ChatCompletion(
             **self._head, choices=[self._chat_choice(delta, is_whole) for delta in deltas]
         )
         if not is_whole:
@@ -306,8 +293,8 @@ class AnswerWriter:
             answer.prompt_logprobs = prompt_logprobs(deltas[0].prompt, self._tokenizer)
         return answer
 
-    def _completion_choice(self, delta: Delta) -> CompletionChoice:
-        choice = CompletionChoice(text=delta.text, **self._common(delta))
+    def _completion_choice(self, delta: Delta) -> responses.CompletionChoice:
+        choice = responses.CompletionChoice(text=delta.text, **self._common(delta))
         request = self._request
         assert isinstance(request, CompletionRequest)
         if request.num_top_logprobs is not None and (delta.tokens or delta.prompt):
@@ -319,19 +306,21 @@ class AnswerWriter:
             choice.prompt_logprobs = prompt_logprobs(delta.prompt, self._tokenizer)
         return choice
 
-    def _chat_choice(self, delta: Delta, is_whole: bool) -> ChatChoice:
-        choice = ChatChoice(**self._common(delta))
+    def _chat_choice(self, delta: Delta, is_whole: bool) -> responses.ChatChoice:
+        choice = responses.ChatChoice(**self._common(delta))
         num_top = self._request.num_top_logprobs
         if delta.tokens and num_top is not None:
             choice.logprobs = chat_logprobs(delta, self._tokenizer, num_top)
         if is_whole:
-            choice.message = ChatText(role="assistant", content=delta.text, refusal=None)
+            choice.message = responses.ChatText(role="assistant", content=delta.text, refusal=None)
             if delta.tool_calls:
                 choice.message.content = delta.text or None
                 choice.message.tool_calls = whole_calls(delta.tool_calls)
         else:
             has_text = delta.text or not (delta.finish_reason or delta.tool_calls)
-            choice.delta = ChatText(content=delta.text) if has_text else ChatText()
+            choice.delta = (
+                responses.ChatText(content=delta.text) if has_text else responses.ChatText()
+            )
             choice.delta.tool_calls = delta.tool_calls or UNSET
         return choice
 
@@ -347,7 +336,7 @@ class AnswerWriter:
 
 def completion_logprobs(
     delta: Delta, tokenizer: TextTokenizer, num_top: int, echoed: Sequence[TokenOutput] = ()
-) -> CompletionLogprobs:
+) -> responses.CompletionLogprobs:
     """Return the log probabilities of a delta's tokens, after those of the ``echoed`` prompt.
 
     The drawn token is always among the top ones, so there may be ``num_top + 1``.
@@ -363,7 +352,7 @@ def completion_logprobs(
     tokens = [*echoed, *delta.tokens]
     names = [tokenizer.token_name(token.token_id) for token in tokens]
     sizes = map(len, names[: len(echoed)])
-    return CompletionLogprobs(
+    return responses.CompletionLogprobs(
         tokens=names,
         token_logprobs=[token.logprob for token in tokens],
         top_logprobs=list(map(top, tokens)),
@@ -371,15 +360,17 @@ def completion_logprobs(
     )
 
 
-def prompt_logprobs(prompt: Sequence[TokenOutput], tokenizer: TextTokenizer) -> PromptLogprobs:
+def prompt_logprobs(
+    prompt: Sequence[TokenOutput], tokenizer: TextTokenizer
+) -> responses.PromptLogprobs:
     """Return for each prompt token the log probabilities of the likeliest tokens and its own."""
 
-    def told(token: TokenOutput) -> dict[str, PromptLogprob] | None:
+    def told(token: TokenOutput) -> dict[str, responses.PromptLogprob] | None:
         if token.logprob is None:
             return None
         ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top_logprobs, 1)}
         return {
-            str(token_id): PromptLogprob(
+            str(token_id): responses.PromptLogprob(
                 logprob, ranks.get(token_id), tokenizer.token_name(token_id)
             )
             for token_id, logprob in {
@@ -394,11 +385,11 @@ def prompt_logprobs(prompt: Sequence[TokenOutput], tokenizer: TextTokenizer) -> 
 _LOWEST = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
 
 
-def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatLogprobs:
+def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> responses.ChatLogprobs:
     """Return the log probabilities of a delta's tokens, with their bytes."""
 
-    def named(token_id: int, logprob: float | None) -> TokenLogprob:
-        return TokenLogprob(
+    def named(token_id: int, logprob: float | None) -> responses.TokenLogprob:
+        return responses.TokenLogprob(
             token=tokenizer.token_name(token_id),
             logprob=_LOWEST if logprob is None else logprob,
             bytes=list(tokenizer.token_bytes(token_id)),
@@ -408,4 +399,4 @@ def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatL
     for token in delta.tokens:
         content.append(named(token.token_id, token.logprob))
         content[-1].top_logprobs = [named(*top) for top in token.top_logprobs[:num_top]]
-    return ChatLogprobs(content=content)
+    return responses.ChatLogprobs(content=content)

@@ -126,13 +126,12 @@ class Generation:
                     is_suspect=call.is_suspect,
                     records_spans=call.wants_spans,
                 )
-                continues_elsewhere = transfer.do_remote_decode
                 choice = Choice(
                     index,
                     add,
                     request,
                     model.tokenizer,
-                    continues_elsewhere=continues_elsewhere,
+                    continues_elsewhere=transfer.do_remote_decode,
                     echo=echo,
                     is_echo_sent=self.continues,
                 )
@@ -142,7 +141,6 @@ class Generation:
                     self._known += [] if delta is None else [delta]
 
     def start(self) -> None:
-        """Submit the choices."""
         self._sent_at = self.call.spans.clock()
         for choice in self.choices:
             add = choice.request
@@ -221,7 +219,12 @@ class Generation:
         choice = self._running.get(event.request_id)
         if choice is None:
             return None
-        self._take_spans(event)
+        if event.spans is not None:
+            if len(self.choices) > 1:
+                for span in event.spans.spans:
+                    span.attributes["choice"] = int(event.request_id.rpartition("/")[2])
+            spans = self.call.spans
+            spans.take(event.spans, sent_at=self._sent_at, received_at=spans.clock())
         match event:
             case Tokens():
                 delta = choice.take(event.tokens, prompt=event.prompt)
@@ -240,16 +243,6 @@ class Generation:
                     event.tokens, event.reason, ends_with_stop_token=stops, prompt=event.prompt
                 )
         return delta
-
-    def _take_spans(self, event: Tokens | RequestFinished) -> None:
-        """Add the spans that rank 0 reports; with several choices, each span names its choice."""
-        if event.spans is None:
-            return
-        if len(self.choices) > 1:
-            for span in event.spans.spans:
-                span.attributes["choice"] = int(event.request_id.rpartition("/")[2])
-        spans = self.call.spans
-        spans.take(event.spans, sent_at=self._sent_at, received_at=spans.clock())
 
 
 def _first_token(delta: Delta) -> TokenOutput:

@@ -13,26 +13,7 @@ import zmq
 import zmq.asyncio
 
 from pdlaunch.errors import OverloadedError, ProtocolError
-from pdlaunch.protocol.engine import (
-    AbortRequest,
-    AddRequest,
-    CheckIntegrity,
-    EngineStats,
-    FromRank,
-    Hello,
-    IntegrityReport,
-    Outputs,
-    ReadStats,
-    RequestFinished,
-    Sleep,
-    SleepReply,
-    Tokens,
-    ToRank,
-    WakeUp,
-    Welcome,
-    from_rank,
-    to_rank,
-)
+from pdlaunch.protocol import engine
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.sockets import SecureContext
@@ -42,7 +23,7 @@ _log = logging.getLogger(__name__)
 _STATS_CALL = -1  # key of the future of the next EngineStats
 
 # None: the rank died or was replaced while it worked on the request
-RankEvent = Tokens | RequestFinished | None
+RankEvent = engine.Tokens | engine.RequestFinished | None
 Sink = Callable[[RankEvent], None]
 
 
@@ -59,7 +40,9 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        on_message: Callable[[Welcome | EngineStats | SleepReply | KVBlocks], None],
+        on_message: Callable[
+            [engine.Welcome | engine.EngineStats | engine.SleepReply | KVBlocks], None
+        ],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``on_message`` gets messages of no request, and replies to an earlier server."""
@@ -73,14 +56,14 @@ class RankLink:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         # A random start, so that replies to calls of an earlier server have other ids.
         self._call_ids = itertools.count(secrets.randbits(32))
-        self.send(Hello())
+        self.send(engine.Hello())
         self._reader = asyncio.create_task(self._read())
 
     @property
     def silence_s(self) -> float:
         return self._clock() - self._seen_at
 
-    def submit(self, request: AddRequest, sink: Sink) -> None:
+    def submit(self, request: engine.AddRequest, sink: Sink) -> None:
         """Start a request; the event loop calls ``sink`` with each of its events."""
         # Send it first: a request that cannot be encoded then leaves no sink behind.
         self.send(request)
@@ -89,29 +72,23 @@ class RankLink:
     def abort(self, request_id: RequestId) -> None:
         """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
         self._sinks.pop(request_id, None)
-        self.send(AbortRequest(request_id=request_id))
+        self.send(engine.AbortRequest(request_id=request_id))
 
-    def send(self, message: ToRank) -> None:
-        """Queue a message; after ``close``, drop it.
-
-        The socket has no high-water mark, so sending never waits.
-        """
+    def send(self, message: engine.ToRank) -> None:
+        # After ``close``, it is dropped. The socket has no high-water mark, so this never waits.
         if not self._socket.closed:
-            self._socket.send(to_rank.encode(message))
+            self._socket.send(engine.to_rank.encode(message))
 
-    async def call(self, message: Sleep | WakeUp | CheckIntegrity) -> Any:
+    async def call(self, message: engine.Sleep | engine.WakeUp | engine.CheckIntegrity) -> Any:
         """Send the message; return its reply. Raises OverloadedError when the rank is lost."""
         message.call_id = next(self._call_ids)
         return await self._call(message.call_id, message)
 
     async def read_stats(self) -> None:
-        """Ask the rank for its totals, and wait until ``on_message`` has them.
+        """Wait until ``on_message`` has new totals. Raises OverloadedError if the rank is lost."""
+        await self._call(_STATS_CALL, engine.ReadStats())
 
-        They include all that the rank sent earlier. Raises OverloadedError if the rank is lost.
-        """
-        await self._call(_STATS_CALL, ReadStats())
-
-    async def _call(self, call_id: int, message: ToRank) -> Any:
+    async def _call(self, call_id: int, message: engine.ToRank) -> Any:
         reply = self._calls.setdefault(call_id, asyncio.get_running_loop().create_future())
         self.send(message)
         # Shielded, because several callers may share the reply and one of them may be cancelled.
@@ -141,27 +118,27 @@ class RankLink:
             frame = await self._socket.recv()
             self._seen_at = self._clock()
             try:
-                message = from_rank.decode(frame)
+                message = engine.from_rank.decode(frame)
             except ProtocolError as error:
                 _log.error("dropped a message of rank 0: %s", error)
                 continue
             self._handle(message)
 
-    def _handle(self, message: FromRank) -> None:
+    def _handle(self, message: engine.FromRank) -> None:
         match message:
-            case Outputs(items=items):
+            case engine.Outputs(items=items):
                 for item in items:
-                    ends = isinstance(item, RequestFinished)
+                    ends = isinstance(item, engine.RequestFinished)
                     take = self._sinks.pop if ends else self._sinks.get
                     if (sink := take(item.request_id, None)) is not None:
                         sink(item)
-            case Welcome() | KVBlocks():
+            case engine.Welcome() | KVBlocks():
                 self._on_message(message)
-            case EngineStats():
+            case engine.EngineStats():
                 self._on_message(message)
                 self._reply(_STATS_CALL, None)
-            case SleepReply():
+            case engine.SleepReply():
                 self._on_message(message)
                 self._reply(message.call_id, message)
-            case IntegrityReport():
+            case engine.IntegrityReport():
                 self._reply(message.call_id, message)

@@ -122,7 +122,6 @@ class ServedModel:
         return self._parse(kind, read_json_object(raw, public=False), public=False)
 
     def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt; a chat has one prompt. Raises RequestError."""
         if request.prompt_token_ids is not None:
             return [request.prompt_token_ids]
         if isinstance(request, ChatCompletionRequest):
@@ -136,7 +135,6 @@ class ServedModel:
         ]
 
     def render_chat(self, request: ChatCompletionRequest | TokenizeChatRequest) -> str:
-        """Return the text of a chat's prompt. Raises RequestError."""
         if self.chat_template is None:
             message = f"the model {self.name!r} has no chat template; use /v1/completions"
             raise RequestError(message, param="messages")

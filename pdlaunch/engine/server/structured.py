@@ -23,7 +23,6 @@ from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.requests import (
     ChatCompletionRequest,
     CompletionRequest,
-    ToolFunction,
 )
 from pdlaunch.protocol.openai.responses import CalledFunction, CalledTool
 
@@ -119,7 +118,7 @@ def _grammar(place: str, kind: str, value: Any) -> str:
     if kind == "choice":
         if not isinstance(value, list) or not value or {*map(type, value)} != {str}:
             raise RequestError("must be a list of strings", param=place)
-        return "start: " + " | ".join(map(_literal, value))
+        return "start: " + " | ".join(map(json.dumps, value))
     if not isinstance(value, str):
         raise RequestError("must be a string", param=place)
     try:
@@ -134,18 +133,15 @@ def _calls(request: ChatCompletionRequest) -> str:
     functions = request.callable_functions
     if not functions:
         return ""
-    more = f" ({_literal(chr(10))} call)*" if request.many_calls else ""
+    more = f" ({json.dumps(chr(10))} call)*" if request.many_calls else ""
     names = " | ".join(f"call_{index}" for index in range(len(functions)))
-    rules = "\n".join(
-        f"call_{index}: {_call(function)}" for index, function in enumerate(functions)
-    )
-    return f"calls: call{more}\ncall: {names}\n{rules}"
-
-
-def _call(function: ToolFunction) -> str:
-    head = f'{CALL_START}\n{{"name": {json.dumps(function.name)}, "arguments": '
-    arguments = _json(function.parameters or NO_ARGUMENTS, f"tools.{function.name}.parameters")
-    return f"{_literal(head)} {arguments} {_literal(f'}}{chr(10)}{CALL_END}')}"
+    rules = [f"calls: call{more}", f"call: {names}"]
+    for index, function in enumerate(functions):
+        head = f'{CALL_START}\n{{"name": {json.dumps(function.name)}, "arguments": '
+        arguments = _json(function.parameters or NO_ARGUMENTS, f"tools.{function.name}.parameters")
+        end = json.dumps(f"}}\n{CALL_END}")
+        rules.append(f"call_{index}: {json.dumps(head)} {arguments} {end}")
+    return "\n".join(rules)
 
 
 def _json(schema: Any, place: str) -> str:
@@ -184,10 +180,6 @@ def _closed(schema: Any) -> Any:
     return {"additionalProperties": False} | closed if "properties" in schema else closed
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text)
-
-
 # Calls
 
 
@@ -215,7 +207,9 @@ class ToolCallReader:
         while True:
             if self._in_arguments:
                 arguments, tag, rest = self._held.partition(CALL_END)
-                given = _without_end(arguments if tag else _without_overlap(arguments, CALL_END))
+                if not tag:
+                    arguments = arguments[: len(arguments) - overlap(arguments, CALL_END)]
+                given = _without_end(arguments)
                 if given or (tag and self._name is not None):
                     calls.append(self._piece(given))
                 self._held = rest if tag else self._held[len(given) :]
@@ -225,7 +219,7 @@ class ToolCallReader:
                 continue
             before, tag, rest = self._held.partition(CALL_START)
             if not tag:
-                before = _without_overlap(before, CALL_START)
+                before = before[: len(before) - overlap(before, CALL_START)]
             # Line ends between calls are not content.
             content += "" if self.num_calls and not before.strip() else before
             self._held = self._held[len(before) :]
@@ -242,8 +236,7 @@ class ToolCallReader:
             self.num_calls += 1
             self._in_arguments, self._held = True, rest[head.end() :]
 
-    def finish(self, *, is_cut: bool) -> tuple[str, list[CalledTool]]:
-        """Return the held-back text. ``is_cut``: the token limit has ended the text."""
+    def finish(self, *, is_cut: bool) -> tuple[str, list[CalledTool]]:  # by the token limit
         held, self._held = self._held, ""
         if not self._in_arguments:
             return held, []
@@ -251,9 +244,7 @@ class ToolCallReader:
         return "", [self._piece(given)] if given or self._name is not None else []
 
     def _piece(self, arguments: str) -> CalledTool:
-        """Return a piece of the last call. The first piece has the name and some arguments, because
-        clients parse it at once.
-        """
+        # The first piece has the name and some arguments, because clients parse it at once.
         index, function = self.num_calls - 1, CalledFunction(arguments=arguments)
         if self._name is None:
             return CalledTool(index=index, function=function)
@@ -262,10 +253,10 @@ class ToolCallReader:
         return CalledTool(index=index, id=call_id, type="function", function=function)
 
 
-def _without_overlap(text: str, tag: str) -> str:
-    """Return ``text`` without an ending that may be the beginning of ``tag``."""
+def overlap(text: str, tag: str) -> int:
+    """Return the length of the longest ending of ``text`` with which ``tag`` begins."""
     sizes = range(min(len(text), len(tag) - 1), 0, -1)
-    return text[: len(text) - next((size for size in sizes if text.endswith(tag[:size])), 0)]
+    return next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 
 def _without_end(arguments: str) -> str:

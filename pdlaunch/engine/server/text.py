@@ -37,7 +37,9 @@ class TextTokenizer:
             token_id: token.content
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
-        self._byte_of_char = _byte_alphabet() if _is_byte_level(tokenizer) else None
+        decoder = {} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+        kinds = [part.get("type") for part in (decoder, *decoder.get("decoders", []))]
+        self._byte_of_char = _byte_alphabet() if "ByteLevel" in kinds else None
 
     @classmethod
     def load(cls, model_dir: str | Path) -> TextTokenizer:
@@ -63,10 +65,7 @@ class TextTokenizer:
         return token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """Return the text of ``token_ids``; U+FFFD stands for bytes that are not valid UTF-8.
-
-        Unknown ids give no text.
-        """
+        """Return the text of ``token_ids``: U+FFFD for invalid UTF-8, nothing for unknown ids."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -93,20 +92,9 @@ class TextTokenizer:
         return piece or ""
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    if tokenizer.decoder is None:
-        return False
-    settings = json.loads(tokenizer.decoder.__getstate__())
-    parts = [settings, *settings.get("decoders", [])]
-    return any(part["type"] == "ByteLevel" for part in parts)
-
-
 def _byte_alphabet() -> dict[str, int]:
-    """Return the printable character that stands for each byte in byte-level vocabularies.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for 256, 257, ... in order.
-    Source: GPT-2's byte-level BPE, as the ``tokenizers`` library's ByteLevel.
-    """
+    # Printable Latin-1 characters stand for themselves, the other bytes for 256, 257, ... in order.
+    # Source: GPT-2's byte-level BPE, as the ``tokenizers`` library's ByteLevel.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable}

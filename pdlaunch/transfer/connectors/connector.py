@@ -86,11 +86,11 @@ class Connection(ABC):
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
-        """Start to read at least one block and head. Raises TransferError.
+        """Start to read at least one block and head. Raises TransferError. Until ``poll`` returns
+        done or failed, the READ may write to the local blocks.
 
         It may block while bytes are copied, but must not wait for an answer of the peer: this
         thread also answers that peer's questions, so two ranks would wait for each other for good.
-        Until ``poll`` returns done or failed, the READ may write to the local blocks.
         """
 
     @abstractmethod
@@ -165,7 +165,7 @@ class NoConnector(Connector):
         self.agent_name = rank_name
 
     def open(self, memory: LocalMemory) -> None:
-        """Do nothing, because no peer reads this memory."""
+        pass
 
     def agent_metadata(self) -> bytes:
         return b""
@@ -174,7 +174,7 @@ class NoConnector(Connector):
         raise TransferError(f"{self.agent_name} has no connector, so it cannot pull KV blocks")
 
     def close(self) -> None:
-        """Do nothing, because nothing was opened."""
+        pass
 
 
 @dataclass(slots=True, eq=False)

@@ -155,19 +155,16 @@ class MooncakeConnector(PushingConnector):
         return engine
 
     def _close_to_strangers(self, listener: network.Listener) -> None:
-        where = f"Mooncake listens on {listener.address}:{listener.port}, which cannot be"
+        wanted = f"closed to packets that are not for {self._host}"
         try:
             if self._host == _LOOPBACK:
+                wanted = "bound to the loopback device (needs Linux 5.7 or CAP_NET_RAW)"
                 network.bind_to_loopback(listener)
                 return
             network.admit_one_address(listener, self._host)
         except OSError as error:
-            raise TransferError(
-                f"{where} bound to the loopback device: {error}; that needs Linux 5.7 or "
-                "CAP_NET_RAW"
-                if self._host == _LOOPBACK
-                else f"{where} closed to packets that are not for {self._host}: {error}"
-            ) from error
+            where = f"Mooncake listens on {listener.address}:{listener.port}"
+            raise TransferError(f"{where}, which cannot be {wanted}: {error}") from error
         logger.info(
             "listens for KV blocks at %s:%d: any process that reaches it can read and write them "
             "(kv_transfer.trusted_network)",

@@ -11,7 +11,6 @@ import ctypes
 import importlib.util
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -30,24 +29,7 @@ KERNEL_BELOW_BYTES = 256 * 1024
 NUM_STREAMS = 3  # A copy engine copies one piece at a time; several engines run in parallel.
 
 
-class PieceCopier(ABC):
-    """Only one thread calls its methods. ``start`` never waits for a copy."""
-
-    @abstractmethod
-    def start(self, destinations: Pieces, sources: Pieces) -> Read:
-        """Begin to copy source i to destination i. After a TransferError, no copy is running."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait until no copy is running."""
-
-
-def new_copier(device: torch.device) -> PieceCopier:
-    """Return the copier for a rank's device. Raises TransferError if there is none."""
-    return HostCopier() if device.type == "cpu" else CudaCopier(device)
-
-
-class HostCopier(PieceCopier):
+class HostCopier:
     """Copies in its own thread, without the interpreter lock."""
 
     def __init__(self, move: Callable[[int, int, int], object] = ctypes.memmove) -> None:
@@ -87,7 +69,7 @@ class _ThreadCopy(Read):
         return self._future.result()
 
 
-class CudaCopier(PieceCopier):
+class CudaCopier:
     """Copies large pieces with the copy engines, small pieces with a kernel if Triton is there."""
 
     def __init__(self, device: torch.device) -> None:
@@ -126,6 +108,16 @@ class CudaCopier(PieceCopier):
                     copy_pieces(self._anchor, destinations, sources, sizes)
                 return
         self._batches.enqueue(destinations, sources, sizes, self._stream)
+
+
+# Only one thread calls its methods. ``start`` begins to copy source i to destination i and never
+# waits; after a TransferError, no copy is running. ``close`` waits until no copy is running.
+PieceCopier = HostCopier | CudaCopier
+
+
+def new_copier(device: torch.device) -> PieceCopier:
+    """Return the copier for a rank's device. Raises TransferError if there is none."""
+    return HostCopier() if device.type == "cpu" else CudaCopier(device)
 
 
 class _CudaCopy(Read):

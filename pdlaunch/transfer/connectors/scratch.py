@@ -46,9 +46,7 @@ def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
-    """Return True if the agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a
-    multiple of PATTERN_BYTES.
-    """
+    """Return True if the agent's scratch begins with these bytes, a multiple of PATTERN_BYTES."""
     row = _row(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
