@@ -112,10 +112,7 @@ def span_blocks(window: int, block_size: int) -> int:
 
 
 def min_blocks(windows: Sequence[int | None], block_size: int, num_tokens: int) -> int:
-    """Return the number of blocks that ``num_tokens`` tokens need if computed one by one.
-
-    ``windows``: the sliding window of each group; None: a full group, which keeps all blocks.
-    """
+    """Return the number of blocks in all groups for ``num_tokens`` tokens computed one by one."""
     num_logical = -(-num_tokens // block_size)
     return sum(
         num_logical if window is None else min(num_logical, span_blocks(window, block_size))

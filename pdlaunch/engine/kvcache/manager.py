@@ -88,7 +88,6 @@ class BlockPool:
                 self._cached[block_id] = None
 
     def allocate_for_pull(self, num_blocks: int) -> list[int]:
-        """Take blocks that a transfer may write to until it is finished, dropped or quarantined."""
         block_ids = self._take(num_blocks)
         self._pulling.update(block_ids)
         return block_ids
@@ -105,7 +104,6 @@ class BlockPool:
             self._free.append(block_id)
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
-        """Keep blocks unused until ``drain``: their transfer was abandoned but may still write."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._quarantined.add(block_id)
@@ -282,8 +280,6 @@ class KVCacheManager:
     ) -> PrefixHit:
         """Return for each group the cached blocks that a pull can leave out: from the first block
         that token ``num_computed`` sees, up to the first gap.
-
-        Groups may have gaps at different blocks, because the pull transfers the missing blocks.
         """
         first = self._first_visible(num_computed)
         found = [
@@ -398,7 +394,6 @@ class KVCacheManager:
         return [first_visible(window, num_computed, self.block_size) for window in self._windows]
 
     def _plan_release(self, tables: BlockTables) -> None:
-        """Compute ``next_release`` again, after the tables have changed."""
         tables.next_release = min(
             (
                 # Block ``first`` leaves when the window's first token, num_computed - window + 1,

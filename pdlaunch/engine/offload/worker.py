@@ -293,7 +293,6 @@ class OffloadWorker:
                 self._copies[job.direction].submit(job)
 
     def take_finished(self) -> list[JobFinished]:
-        """Return the jobs that have ended since the last call."""
         finished: list[JobFinished] = []
         while not self._reports.empty():
             finished.append(self._reports.get())

@@ -62,7 +62,6 @@ class TextStream:
         self.stop_string: str | None = None  # the stop string that was found; the choice is over
 
     def push(self, token_id: int) -> str:
-        """Return the text to emit after one more token."""
         self._num_tokens += 1
         new = self._detokenize(token_id)
         self.num_chars += len(new)

@@ -90,7 +90,6 @@ class SleepDesk:
         self.announce: Callable[[SleepState], None] = lambda _: None
 
     def check_awake(self) -> None:
-        """Raise OverloadedError (503) while the engine is asleep or falling asleep."""
         if self._state.state != "awake":
             raise OverloadedError(
                 "the engine is asleep or falling asleep",
@@ -105,7 +104,6 @@ class SleepDesk:
         return {"is_sleeping": bool(tags), "sleeping_tags": tags, "num_bytes": num_bytes}
 
     def settle(self, tags: list[str], *, draining: bool = False) -> None:
-        """Store which pools are asleep; announce the state if it has changed."""
         self._tags = tags
         state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
         if state != self._state:
@@ -215,7 +213,6 @@ class EngineService:
 
     @property
     def model(self) -> ServedModel:
-        """Return the model. Raises OverloadedError (503) while the server loads."""
         if self.loaded is None:
             raise _starting()
         if self.loaded.max_model_len > self.max_model_len:
@@ -224,7 +221,6 @@ class EngineService:
 
     @property
     def link(self) -> RankLink:
-        """Return the link to a rank that has said Welcome. Raises OverloadedError (503)."""
         if self._link is None or not self.welcomed.is_set():
             raise _starting()
         return self._link
@@ -241,7 +237,6 @@ class EngineService:
         return link
 
     def check_health(self) -> None:
-        """Raise OverloadedError (503) with the reason if the engine takes no requests now."""
         self.admission.check_open()
         self.sleep.check_awake()
         if self.loaded is None:
@@ -300,7 +295,6 @@ class EngineService:
                     await self.read_stats()
 
     def receive(self, message: Welcome | EngineStats | SleepReply | KVBlocks) -> None:
-        """Handle a message of rank 0 that belongs to no request."""
         match message:
             case Welcome(num_blocks=number):
                 self.metrics.stats = EngineStats(num_blocks=number, num_free_blocks=number)

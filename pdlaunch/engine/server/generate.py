@@ -86,10 +86,7 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
 async def _read(
     service: EngineService, http: web.Request, kind: type[R], grow: Grow, spans: SpanLog
 ) -> tuple[R, list[list[int]]]:
-    """Return the request and the token ids of its prompts. Takes a place for each choice.
-
-    Raises RequestError.
-    """
+    """Return the request and the token ids of its prompts. Takes a place for each choice."""
     async with service.bodies.read(http) as raw:
         model = service.model
         request = await work_at_input(len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw))
@@ -148,7 +145,6 @@ async def _run(
 async def _answer(
     http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
 ) -> web.StreamResponse:
-    """Write one JSON body. Raises RequestError, or ConnectionError when the client has left."""
     async with deadline():
         body = await writer.whole()
         response = web.Response(body=body, content_type="application/json", headers=headers)
@@ -243,10 +239,7 @@ class AnswerWriter:
         return end + DONE
 
     def _is_shown(self, delta: Delta) -> bool:
-        """Return whether a delta becomes a chunk.
-
-        A delta with tokens but no text does so only if the client wants token ids or logprobs.
-        """
+        # Tokens without text become a chunk only if the client wants token ids or logprobs.
         wants_tokens = self._request.return_token_ids or self._request.num_top_logprobs is not None
         has_output = delta.text or delta.tool_calls or delta.finish_reason or delta.prompt
         return bool(has_output or (delta.tokens and wants_tokens))
@@ -274,7 +267,6 @@ class AnswerWriter:
     def _new(
         self, deltas: Sequence[Delta], *, is_whole: bool = False, names_prompts: bool = False
     ) -> responses.ChatCompletion | responses.Completion:
-        """Return an answer, or a chunk of a stream."""
         request, prompts = self._request, self._generation.prompts
         names_prompts = names_prompts and request.return_token_ids
         if not self._is_chat:
@@ -337,16 +329,13 @@ class AnswerWriter:
 def completion_logprobs(
     delta: Delta, tokenizer: TextTokenizer, num_top: int, echoed: Sequence[TokenOutput] = ()
 ) -> responses.CompletionLogprobs:
-    """Return the log probabilities of a delta's tokens, after those of the ``echoed`` prompt.
-
-    The drawn token is always among the top ones, so there may be ``num_top + 1``.
-    """
+    """Return the log probabilities of a delta's tokens, after those of the ``echoed`` prompt."""
 
     def top(token: TokenOutput) -> dict[str, float] | None:
         if not num_top or token.logprob is None:
             return None
         logprobs = dict(token.top_logprobs[:num_top])
-        logprobs.setdefault(token.token_id, token.logprob)
+        logprobs.setdefault(token.token_id, token.logprob)  # so there may be ``num_top + 1``
         return {tokenizer.token_name(token_id): value for token_id, value in logprobs.items()}
 
     tokens = [*echoed, *delta.tokens]

@@ -254,10 +254,8 @@ def _first_token(delta: Delta) -> TokenOutput:
 def _known(
     request: GenerationRequest, transfer: KVTransferParams
 ) -> tuple[list[list[TokenOutput]] | None, bool]:
-    """Return the output tokens that exist, by choice, and whether the client has their output.
-
-    ``resume`` takes precedence over first tokens, because it includes them.
-    """
+    """Return the output tokens that exist, by choice, and whether the client has their output."""
+    # ``resume`` takes precedence over first tokens, because it includes them.
     resume, pdlaunch = request.resumed(), transfer.pdlaunch
     if resume is not None:
         return resume.choices, resume.sent

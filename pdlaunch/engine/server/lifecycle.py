@@ -218,7 +218,6 @@ class ServerProcess:
             await runner.cleanup()
 
     async def _bind(self, runner: HttpRunner) -> str:
-        """Listen and return the URL: HTTP on loopback, otherwise HTTPS. Raises StartupError."""
         host, port = self._spec.bind_address, self._spec.http_port
         bootstrap = self._supervised.bootstrap
         certificate, is_local = bootstrap.keys.certificate, is_loopback(host)

@@ -64,7 +64,6 @@ class RankLink:
         return self._clock() - self._seen_at
 
     def submit(self, request: engine.AddRequest, sink: Sink) -> None:
-        """Start a request; the event loop calls ``sink`` with each of its events."""
         # Send it first: a request that cannot be encoded then leaves no sink behind.
         self.send(request)
         self._sinks[request.request_id] = sink
@@ -99,7 +98,6 @@ class RankLink:
             reply.set_result(message)
 
     async def close(self) -> None:
-        """End the connection; requests under way are lost."""
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader

@@ -157,7 +157,6 @@ class ServedModel:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def tokenize(self, raw: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Answer /tokenize; also return the ignored fields. Raises RequestError."""
         body = read_json_object(raw)
         request: TokenizeCompletionRequest | TokenizeChatRequest
         if "messages" in body:
@@ -183,7 +182,6 @@ class ServedModel:
         return answer, request.ignored_fields
 
     def detokenize(self, raw: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Answer /detokenize; also return the ignored fields. Raises RequestError."""
         num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, self.max_model_len)
         if num_ids > max_ids:
             raise RequestError(
@@ -223,10 +221,7 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
 
 
 def read_sampling_defaults(model_dir: str | Path) -> SamplingDefaults:
-    """Return the defaults in the model's generation_config.json, which vLLM uses too.
-
-    Raises ConfigError when the file is broken or a value is out of range.
-    """
+    """Return the defaults in the model's generation_config.json, which vLLM uses too."""
     try:
         settings = read_generation_config(Path(model_dir))
         return parse_request(SamplingDefaults, settings, public=False)

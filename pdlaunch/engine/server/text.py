@@ -43,7 +43,6 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> TextTokenizer:
-        """Read tokenizer.json of a model. Raises ConfigError."""
         path = Path(model_dir) / "tokenizer.json"
         try:
             return cls(Tokenizer.from_file(str(path)))
@@ -113,7 +112,6 @@ class ChatTemplate:
     """Converts messages to the text of a prompt."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises ConfigError."""
         self._template = _compile(source)
         self.shows_tools = re.search(r"\btools\b", source) is not None
         self._special_tokens = dict(special_tokens)
@@ -179,10 +177,7 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
-    """Return a model's template; None if it has none. Raises ConfigError.
-
-    The template is chat_template.jinja, or else the one in tokenizer_config.json.
-    """
+    """Return a model's template, from chat_template.jinja or else from tokenizer_config.json."""
     directory = Path(model_dir)
     described = directory / "tokenizer_config.json"
     settings = read_json(described, MAX_TEXT_BYTES) if described.is_file() else {}
