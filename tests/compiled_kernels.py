@@ -23,9 +23,8 @@ SHARED_KIB = {89: 99, 90: 227}
 technical specifications.
 """
 LAUNCHED = {
-    *("attend_decode", "reduce_splits", "attend_chunks"),
-    *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
-    "hash_page_head",
+    *("attend_decode", "reduce_splits", "gather_kv", "hash_page_head"),
+    *("rotate_and_write", "add_and_normalize", "multiply_gated"),
 }
 MIXED = ((700, 1), (2, 30))
 DECODE = ((700, 1),) * 8
@@ -84,20 +83,19 @@ class Compiler:
 
 
 def attention(case: Case) -> None:
-    """All that attends, also with a library that takes gathered keys."""
+    """All that attends, with a library that takes gathered keys."""
     inputs = make_inputs(case)
     backend = TritonAttention(inputs.layout, inputs.kv_cache)
     heads = torch.cat([inputs.query, inputs.key, inputs.value]).transpose(0, 1).contiguous()
     rotary = torch.zeros(2, len(heads), case.head_dim, dtype=case.dtype)
     weight = rotary[0, 0]
-    for flash in (None, lambda query, *_, **__: torch.empty_like(query)):
-        backend.flash = flash
-        step = backend.prepare(inputs.batch)
-        for layer in range(0, 2 * len(case.windows), 2):
-            step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1)
-            projected = heads.view(len(heads), -1)
-            step.rotate_and_attend(layer, projected, (rotary[0], rotary[1]), 0.1)
-            step.rotate_and_attend(layer, projected, None, 0.1, (Norm(weight, 1e-5),) * 2)
+    backend.flash = lambda query, *_, **__: torch.empty_like(query)
+    step = backend.prepare(inputs.batch)
+    for layer in range(0, 2 * len(case.windows), 2):
+        step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1)
+        projected = heads.view(len(heads), -1)
+        step.rotate_and_attend(layer, projected, (rotary[0], rotary[1]), 0.1)
+        step.rotate_and_attend(layer, projected, None, 0.1, (Norm(weight, 1e-5),) * 2)
 
 
 def layers(size: int) -> None:

@@ -1,11 +1,12 @@
-"""Triton kernels of paged attention: decode with split contexts, chunks of prompts, gather.
+"""Triton kernels of paged attention: decode with split contexts, and gather.
 
 All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
 in place; ``cache`` points at a layer's keys in the first block. If a CUDA graph may replay a
 kernel, it reads the batch's sizes from the device, and rows past the batch have length 0. Scores
 are multiplied by log2(e), for exp2. Import this module only if triton is installed.
 
-Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
+Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax,
+whose state of a query is its best score, sum of weights, and sum of weighted values.
 """
 
 from __future__ import annotations
@@ -34,56 +35,6 @@ def split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl
 def first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
     """Return the start of the tile with the first token that the context's last token sees."""
     return 0 if WINDOW == 0 else tl.maximum(length - WINDOW, 0) // TILE * TILE
-
-
-@triton.jit
-def attend_tile(
-    queries,
-    table,
-    layer,
-    positions,
-    is_held,
-    is_visible,
-    best,
-    total,
-    attended,
-    scaling_log2,
-    block_stride,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-):
-    """Add the keys and values at ``positions`` to an online softmax, and return its new state.
-
-    ``queries``: [Q, D]; ``is_held``: [TILE], True: read the position; ``is_visible``: [Q or 1,
-    TILE]. The state of each query: its best score, sum of weights, and sum of weighted values.
-    """
-    dims = tl.arange(0, PADDED_DIM)
-    is_dim = dims < HEAD_DIM
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_held, other=0)
-    rows = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
-    keys = tl.load(
-        layer + rows[None, :] + dims[:, None], mask=is_held[None, :] & is_dim[:, None], other=0.0
-    )
-    # Triton's default for float32 is TF32, whose 10 bits of mantissa are too few: engines must
-    # compute the same tokens.
-    scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
-    scores = tl.where(is_visible, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1))
-    # A query of a chunk may see no token of this tile or of earlier tiles: subtract 0.
-    reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(scores - reference[:, None])
-    # Rescales the sums from the old best score to the new best score.
-    decay = tl.exp2(best - reference)
-    values = tl.load(
-        layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
-        mask=is_held[:, None] & is_dim[None, :],
-        other=0.0,
-    )
-    attended = tl.dot(
-        weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
-    )
-    return new_best, total * decay + tl.sum(weights, 1), attended
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -148,22 +99,30 @@ def attend_decode(
             is_held = positions < stop
             if WINDOW > 0:
                 is_held = is_held & (positions >= length - WINDOW)
-            best, total, attended = attend_tile(
-                queries,
-                table,
-                layer,
-                positions,
-                is_held,
-                is_held[None, :],
-                best,
-                total,
-                attended,
-                scaling_log2,
-                block_stride,
-                BLOCK_SIZE,
-                HEAD_DIM,
-                PADDED_DIM,
+            blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_held, other=0)
+            rows = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+            keys = tl.load(
+                layer + rows[None, :] + dims[:, None],
+                mask=is_held[None, :] & is_dim[:, None],
+                other=0.0,
             )
+            # Triton's default for float32 is TF32, whose 10 bits of mantissa are too few: engines
+            # must compute the same tokens.
+            scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
+            scores = tl.where(is_held[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))  # finite: each tile has a visible token
+            weights = tl.exp2(scores - new_best[:, None])
+            # Rescales the sums from the old best score to the new best score.
+            decay = tl.exp2(best - new_best)
+            values = tl.load(
+                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
+                mask=is_held[:, None] & is_dim[None, :],
+                other=0.0,
+            )
+            attended = tl.dot(
+                weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
+            )
+            best, total = new_best, total * decay + tl.sum(weights, 1)
         # ``partial`` is [rows, heads, NUM_SPLITS, D].
         place = (row.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split
         tl.store(partial_max + place, best, mask=is_member)
@@ -241,92 +200,3 @@ def gather_kv(
     target = (tokens.to(tl.int64)[:, None] * tl.num_programs(1) + head) * HEAD_DIM + dims[None, :]
     tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
     tl.store(values + target, tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=mask), mask=mask)
-
-
-@triton.jit(do_not_specialize=["table_row"])
-def attend_chunks(
-    query,
-    cache,
-    tables,
-    table_stride_at,
-    lengths,
-    row_starts,
-    tile_rows,
-    tile_tokens,
-    result,
-    table_row,
-    scaling_log2,
-    query_token_stride,
-    query_head_stride,
-    result_token_stride,
-    block_stride,
-    head_stride,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Attend for TOKENS tokens of a row's chunk and one query head.
-
-    Program (i, h): head h of the tokens from ``tile_tokens[i]`` on in the chunk of row
-    ``tile_rows[i]``. ``row_starts``: [rows + 1], first token of each row in ``query``, ``result``.
-
-    ::
-
-        0 ................. before ......................... length
-          computed earlier  │  the chunk: tokens 0 .. num_tokens │
-    """
-    head = tl.program_id(1)
-    row, token = tl.load(tile_rows + tl.program_id(0)), tl.load(tile_tokens + tl.program_id(0))
-    row_start = tl.load(row_starts + row)
-    num_tokens = tl.load(row_starts + row + 1) - row_start
-    before = tl.load(lengths + row) - num_tokens
-    # The tile's tokens see positions in [start, stop).
-    start = first_tile(before + token + 1, WINDOW, TILE)
-    stop = before + tl.minimum(token + TOKENS, num_tokens)
-    dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
-    is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens
-    seats = (row_start + tokens).to(tl.int64)
-    queries = tl.load(
-        query + seats[:, None] * query_token_stride + head * query_head_stride + dims[None, :],
-        mask=is_token[:, None] & is_dim[None, :],
-        other=0.0,
-    )
-    table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
-    layer = cache + (head // GROUP) * head_stride
-    best = tl.full([TOKENS], float("-inf"), tl.float32)
-    total = tl.zeros([TOKENS], tl.float32)
-    attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
-    for position in range(start, stop, TILE):
-        positions = position + tl.arange(0, TILE)
-        is_held = positions < stop
-        is_visible = is_held[None, :] & (positions[None, :] <= before + tokens[:, None])
-        if WINDOW > 0:
-            # Do not read before the window: these blocks may belong to other requests now.
-            is_held = is_held & (positions > before + token - WINDOW)
-            is_visible = is_visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
-        best, total, attended = attend_tile(
-            queries,
-            table,
-            layer,
-            positions,
-            is_held,
-            is_visible,
-            best,
-            total,
-            attended,
-            scaling_log2,
-            block_stride,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            PADDED_DIM,
-        )
-    attended = attended / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(
-        result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
-        attended.to(result.dtype.element_ty),
-        mask=is_token[:, None] & is_dim[None, :],
-    )

@@ -26,11 +26,7 @@ class StepTensors:
     lengths: torch.Tensor  # [num_rows]; 0: a row without tokens
     tables: torch.Tensor  # [num_groups * num_rows * table_stride]
     table_stride_at: torch.Tensor  # [1]
-    # Chunks, for the Triton kernel
-    row_starts: torch.Tensor | None = None  # [num_rows + 1]
-    tile_rows: torch.Tensor | None = None  # [num_tiles]
-    tile_tokens: torch.Tensor | None = None  # [num_tiles]
-    # Chunks, for flash attention and cuDNN
+    # Chunks
     chunk_lengths: list[int] = field(default_factory=list)
     # [num_chunks + 1]; first token of each chunk, counted from the first chunk's first token
     chunk_starts: torch.Tensor | None = None
@@ -73,14 +69,6 @@ def slots_of(batch: PackedBatch, block_size: int) -> list[IntArray]:
     return [
         table[batch.row_of_token, blocks] * block_size + offsets for table in batch.block_tables
     ]
-
-
-def tiles_of(batch: PackedBatch, tile_size: int) -> tuple[IntArray, IntArray]:
-    """Divide chunks into tiles. Return for each tile its row, and its first token in the chunk."""
-    counts = -(-np.diff(batch.row_starts)[batch.num_decode_rows :] // tile_size)
-    first_tiles = np.cumsum(counts) - counts
-    rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
-    return rows, (np.arange(len(rows)) - np.repeat(first_tiles, counts)) * tile_size
 
 
 _STRIDE, _LENGTHS, _TOKEN_IDS, _POSITIONS, _SLOTS = range(5)

@@ -1,9 +1,10 @@
-"""Paged attention on CUDA devices: Triton kernels, and libraries for prompts in 16 bits.
+"""Paged attention on CUDA devices: Triton kernels for decode, libraries for prompts.
 
 Decode reads the KV cache in place and splits the context, so that a few long rows also fill the
-device. Whole prompts use cuDNN if it is faster. Other chunks use flash attention, with the context
-gathered into contiguous memory; in float32, a Triton kernel. Slots past a row's context or before
-its window are never read: they may hold any bytes. Import this module only if triton is installed.
+device. Whole prompts use cuDNN if it is faster. Other chunks use flash attention, or in float32
+other kernels of torch, with the context gathered into contiguous memory. Slots past a row's context
+or before its window are never read: they may hold any bytes. Import this module only if triton is
+installed.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from pdlaunch.engine.models.attention import (
 )
 from pdlaunch.engine.models.attention_kernels import (
     LOG2_E,
-    attend_chunks,
     attend_decode,
     gather_kv,
     reduce_splits,
 )
 from pdlaunch.engine.models.layer_kernels import rotate_and_write
-from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, tiles_of, upload_int32
+from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, upload_int32
 
 FLASH_MAX_HEAD_DIM = 256
 CUDNN_MAX_HEAD_DIM = 128
@@ -94,6 +94,39 @@ def varlen_flash() -> Callable[..., torch.Tensor]:
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
     attend: Any = varlen_attn  # returns a tuple only if more results are requested
     return partial(attend, enable_gqa=True) if knows_groups else attend
+
+
+def attend_by_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    _longest: int,
+    _longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """As torch's varlen attention, chunk by chunk, for dtypes and heads that it does not take."""
+    share, results = query.shape[1] // key.shape[1], []
+    own, held = starts.diff().tolist(), key_starts.diff().tolist()
+    parts = torch.split(query, own), torch.split(key, held), torch.split(value, held)
+    for queries, keys, values in zip(*parts, strict=True):
+        # The last query of a chunk sees its last key; the window is of earlier keys.
+        seen = torch.arange(len(keys), device=query.device)
+        places = seen[len(keys) - len(queries) :, None]
+        visible = (seen <= places) & ((seen >= places - window_size[0]) | (window_size[0] < 0))
+        attended = scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            # Repeated, because torch's kernels for masks take no groups of query heads.
+            keys.repeat_interleave(share, 1).transpose(0, 1)[None],
+            values.repeat_interleave(share, 1).transpose(0, 1)[None],
+            attn_mask=visible,
+            scale=scale,
+        )
+        results.append(attended[0].transpose(0, 1))
+    return torch.cat(results)
 
 
 TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each multiprocessor of an H200
@@ -159,18 +192,14 @@ class TritonAttention(AttentionBackend):
             "HEAD_DIM": layout.head_dim,
             "PADDED_DIM": padded_dim,
         }
-        # Number of queries of a program, and number of positions that it reads at a time.
-        is_large = padded_dim * layout.dtype_bytes > 256
-        self.chunk_tokens, self.chunk_tile = (16, 32) if is_large else (64, 64)
         is_half = (
             kv_cache.is_cuda
             and kv_cache.dtype in (torch.float16, torch.bfloat16)
             and layout.head_dim % 8 == 0
         )
-        # Torch's varlen attention; None if it does not support this dtype or head size.
-        self.flash: Callable[..., torch.Tensor] | None = None
-        if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM:
-            self.flash = varlen_flash()
+        takes_flash = is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM
+        # Torch's varlen attention, if it supports this dtype and head size
+        self.flash: Callable[..., torch.Tensor] = varlen_flash() if takes_flash else attend_by_mask
         self._has_cudnn = (
             is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
         )
@@ -199,10 +228,8 @@ class TritonAttention(AttentionBackend):
         starts = batch.row_starts[batch.num_decode_rows :]
         prefixes: list[tuple[IntArray, IntArray]] = []
         if len(starts) > 1:
-            arrays["row_starts"] = batch.row_starts
-            arrays["tile_rows"], arrays["tile_tokens"] = tiles_of(batch, self.chunk_tokens)
             arrays["chunk_starts"] = starts - starts[0]
-            prefixes = [] if self.flash is None else self._prefixes(batch)
+            prefixes = self._prefixes(batch)
             arrays["prefix_slots"] = [slots for slots, _ in prefixes]
             arrays["prefix_starts"] = [prefix_starts for _, prefix_starts in prefixes]
         tensors = StepTensors(
@@ -349,17 +376,12 @@ class TritonStep(AttentionStep):
     def _attend(self, heads: _Heads) -> torch.Tensor:
         """Attend. The step's keys and values must be in the KV cache."""
         num_rows, query = self._tensors.num_decode_rows, heads.query
-        has_chunks = bool(self._tensors.chunk_lengths)
-        by_library = has_chunks and self._backend.flash is not None
-        if by_library and not num_rows:
-            return self._library_chunks(heads)
+        if not num_rows:
+            return self._attend_chunks(heads)
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if num_rows:
-            self._attend_decode(heads, num_rows, result)
-        if by_library:
-            result[num_rows:] = self._library_chunks(heads)
-        elif has_chunks:
-            self._attend_chunks(heads, result)
+        self._attend_decode(heads, num_rows, result)
+        if self._tensors.chunk_lengths:
+            result[num_rows:] = self._attend_chunks(heads)
         return result
 
     def _attend_decode(self, heads: _Heads, num_rows: int, result: torch.Tensor) -> None:
@@ -410,38 +432,9 @@ class TritonStep(AttentionStep):
             num_warps=max(1, num_splits // 8),
         )
 
-    def _attend_chunks(self, heads: _Heads, result: torch.Tensor) -> None:
-        query, layer, step = heads.query, heads.layer, self._tensors
-        num_heads = query.shape[1]
-        assert step.tile_rows is not None
-        attend_chunks[(len(step.tile_rows), num_heads)](
-            query,
-            layer.cache,
-            step.tables,
-            step.table_stride_at,
-            step.lengths,
-            step.row_starts,
-            step.tile_rows,
-            step.tile_tokens,
-            result,
-            self._table_row(layer),
-            heads.scaling * LOG2_E.value,
-            query.stride(0),
-            query.stride(1),
-            result.stride(0),
-            GROUP=num_heads // self._backend.layout.num_kv_heads,
-            TOKENS=self._backend.chunk_tokens,
-            TILE=self._backend.chunk_tile,
-            WINDOW=layer.window,
-            num_warps=4,
-            num_stages=2,
-            **self._backend.cache_shape,
-        )
-
-    def _library_chunks(self, heads: _Heads) -> torch.Tensor:
+    def _attend_chunks(self, heads: _Heads) -> torch.Tensor:
         """Attend for the chunks with libraries. Return [num_tokens of chunks, num_heads, D]."""
         backend, layer, step = self._backend, heads.layer, self._tensors
-        assert backend.flash is not None
         behind = slice(step.num_decode_rows, None)  # the tokens after the decode rows
         query, key, value = heads.query[behind], heads.key[behind], heads.value[behind]
         if backend.takes_cudnn(step, layer.window):
