@@ -180,10 +180,7 @@ class SourceRank:
 
 
 def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
-    """Return the global indices of the KV heads that a rank holds.
-
-    Raises HandshakeError if neither of ``num_kv_heads`` and ``tp_size`` divides the other.
-    """
+    """Return the global indices of the KV heads that a rank holds. Raises HandshakeError."""
     if tp_size <= num_kv_heads and num_kv_heads % tp_size == 0:
         share = num_kv_heads // tp_size
         return range(tp_rank * share, (tp_rank + 1) * share)
@@ -200,10 +197,8 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
 def map_sources(
     *, num_kv_heads: int, prefill_tp_size: int, decode_tp_size: int, decode_tp_rank: int
 ) -> tuple[SourceRank, ...]:
-    """Return the prefill ranks that one decode rank pulls from, in ascending order.
-
-    Their ``heads`` are disjoint and cover the heads of the decode rank. Raises HandshakeError if a
-    TP size does not fit the number of heads.
+    """Return the prefill ranks that one decode rank pulls from, in ascending order. Their ``heads``
+    are disjoint and cover the heads of the decode rank. Raises HandshakeError.
     """
     prefill_replicas = max(1, prefill_tp_size // num_kv_heads)
     decode_replicas = max(1, decode_tp_size // num_kv_heads)

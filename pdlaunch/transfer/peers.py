@@ -427,9 +427,7 @@ class PeerTable:
 
     def sources_of(self, engine_id: EngineId) -> list[tuple[SourceRank, Peer]]:
         """Return the ranks of an engine that this rank pulls from, and start missing handshakes.
-
-        Raises TransferError if the engine or one of these ranks is not in the registry, or if the
-        TP size does not fit the number of KV heads.
+        Raises TransferError.
         """
         found = (peer for peer in self.peers.values() if peer.entry.engine_id == engine_id)
         ranks = {peer.entry.tp_rank: peer for peer in found}

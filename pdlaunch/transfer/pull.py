@@ -105,7 +105,6 @@ class Share:
 
     @property
     def stage(self) -> str:
-        """Return the share's stage for error messages."""
         if self._lease is None:
             return "beginning" if self.peer.state == "ready" else "connecting"
         if self.ended_at is None:
@@ -244,7 +243,6 @@ class Share:
             raise ReadFailed(f"{self.name}: {error}", counter=UNPROVEN) from error
 
     def _start_read(self, lease: PullReply) -> None:
-        """Start the READ as soon as there is a lease. Raises PullFailed."""
         setup, command, peer = self._setup, self._command, self.peer
         try:
             self._plan = plan_read(
@@ -329,7 +327,6 @@ class Pull:
     def __init__(
         self, command: StartPull, sources: list[tuple[SourceRank, Peer]], setup: DecodeSetup
     ) -> None:
-        """``sources``: the prefill ranks to pull from."""
         self._command = command
         self._setup = setup
         self._log = SpanLog(setup.clock)
@@ -349,7 +346,6 @@ class Pull:
         return not self.holds_blocks and not owes_end
 
     def hashing_since(self) -> Iterator[float]:
-        """Yield the end times of READs whose checksums are not compared yet."""
         for share in self._shares:
             if share.is_verifying and share.ended_at is not None and not self._finished:
                 yield share.ended_at

@@ -64,7 +64,6 @@ class KVRegions:
 
     @cached_property
     def places(self) -> list[RegionPlace]:
-        """Return the addresses of the regions in this process."""
         return [
             RegionPlace(each.data_ptr(), each.stride(0), each.shape[2]) for each in self.regions
         ]
@@ -80,7 +79,6 @@ class KVRegions:
         return list(map(bytes_of, storages.values()))
 
     def num_bytes(self, blocks: BlockIds, num_heads: int) -> int:
-        """Return the size of ``num_heads`` heads of these blocks."""
         sizes = [place.head_bytes for place in self.places]
         return num_heads * sum(
             len(block_ids) * sum(sizes[index] for index in group)

@@ -247,10 +247,7 @@ class TransferThread:
         self._put(partial(self._take_registry, entries))
 
     def take_events(self) -> list[TransferEvent]:
-        """Return the events since the last call.
-
-        Raises TransferError if the thread has died: the rank cannot go on.
-        """
+        """Return the events since the last call. Raises TransferError if the thread has died."""
         if self._error is not None:
             raise TransferError(f"the transfer thread has died: {self._error}")
         events = []

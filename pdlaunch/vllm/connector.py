@@ -264,7 +264,6 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
 
 
 def _read_setup() -> KVSetup:
-    """Raises ValueError."""
     name = os.environ.get(KV_SETUP)
     if not name:
         raise ValueError(

@@ -52,10 +52,8 @@ class GroupShape:
     is_state: bool = False  # only the last block counts: it stands for all tokens
 
     def loses_context(self, num_tokens: int) -> bool:
-        """Return whether the last of ``num_tokens`` needs a block that both engines free early.
-
-        After that token is computed, they keep only the blocks that the next token needs.
-        """
+        """Return whether the last of ``num_tokens`` needs a block that both engines free early."""
+        # After that token is computed, they keep only the blocks that the next token needs.
         if self.window is None or num_tokens < self.window:
             return False
         if self.in_chunks:

@@ -190,7 +190,6 @@ class Worker:
         )
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
-        """Execute the scheduler's commands for this step."""
         pulls: list[StartPull] = []
         assert self._transfer is not None
         for command in commands:
@@ -237,7 +236,6 @@ class Worker:
         return results
 
     def take_figures(self) -> dict[str, float]:
-        """Return the counts since the last call."""
         figures, self._figures = self._figures, {}
         return figures
 

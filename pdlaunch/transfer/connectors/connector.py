@@ -218,7 +218,6 @@ class PushingConnector(Connector):
     pushes = True
 
     def __init__(self, name: str, incarnation: int, num_sender_threads: int) -> None:
-        """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._num_sender_threads = num_sender_threads
 

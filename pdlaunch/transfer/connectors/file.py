@@ -115,7 +115,6 @@ class FileStore:
     """Files in one folder, which several processes may use at once."""
 
     def __init__(self, folder: str, size_limit_bytes: int) -> None:
-        """Create the folder. Raises TransferError."""
         self._size_limit_bytes = size_limit_bytes
         self._folder = Path(folder)
         try:
@@ -149,7 +148,6 @@ class FileStore:
             raise TransferError(f"{path} cannot be written: {error}") from error
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
-        """Load a file to ``device``. Raises TransferError."""
         path = self._path(name)
         try:
             self._check_inside(path.parent)

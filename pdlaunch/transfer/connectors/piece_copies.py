@@ -73,7 +73,6 @@ class CudaCopier:
     """Copies large pieces with the copy engines, small pieces with a kernel if Triton is there."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises TransferError if the driver is too old."""
         self._anchor = torch.zeros(4, dtype=torch.int32, device=device)
         self._has_kernel = importlib.util.find_spec("triton") is not None
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -88,11 +88,6 @@ class KVHasher:
         values = self._hash_here(blocks, range(first, end))
         return Checksums(lambda: values)
 
-    def checksums(self, blocks: BlockIds, heads: slice) -> list[list[int]]:
-        """Return the checksums, by block and head."""
-        checksums: list[list[int]] = self.start(blocks, heads).result().tolist()
-        return checksums
-
     def _hash_here(self, blocks: BlockIds, heads: range) -> ChecksumArray:
         found = []
         for group, block_ids in zip(self._kv.groups, blocks, strict=False):
