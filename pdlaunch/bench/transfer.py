@@ -34,8 +34,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
-from pdlaunch.engine.memory.pools import open_memory_pools
+from pdlaunch.engine.memory.pools import open_kv_memory, open_memory_pools
 from pdlaunch.errors import PdlaunchError, TransferError
 from pdlaunch.planning.role_engines import DTypeName
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor

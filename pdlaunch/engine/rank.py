@@ -15,8 +15,7 @@ from collections.abc import Callable
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import LeaderChannel, ServerLink
-from pdlaunch.engine.leader import Follower, Leader, RankParts
+from pdlaunch.engine.leader import Follower, Leader, LeaderChannel, RankParts, ServerLink
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import TPGroup

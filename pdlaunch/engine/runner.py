@@ -19,8 +19,14 @@ from pdlaunch.config.model_files.identity import model_digest, refuse_changes, w
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
+from pdlaunch.engine.memory.pools import (
+    KV_CACHE,
+    TAGS,
+    WEIGHTS,
+    MemoryPools,
+    open_kv_memory,
+    open_memory_pools,
+)
 from pdlaunch.engine.models.attention import AttentionBackend, Decoder, PackedBatch, ReportProgress
 from pdlaunch.engine.models.loader import ModelLoader
 from pdlaunch.engine.models.step_inputs import Download, upload_array

@@ -18,9 +18,8 @@ import torch
 
 from pdlaunch import __version__
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
 from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
-from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
+from pdlaunch.engine.memory.pools import KV_CACHE, DeviceKVMemory, MemoryPools
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.counters import COUNTERS

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import RankReports
 from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.engine.leader import RankReports
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.offload.planner import HostTier, JobFinished, OffloadJob, OffloadPlanner
 from pdlaunch.engine.scheduler import Scheduler

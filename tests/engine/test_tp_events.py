@@ -5,7 +5,7 @@ import itertools
 import pytest
 from msgspec import structs
 
-from pdlaunch.engine.channels import RankReports
+from pdlaunch.engine.leader import RankReports
 from pdlaunch.engine.offload.planner import JobFinished
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent

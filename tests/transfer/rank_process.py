@@ -68,8 +68,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config import connectors
-    from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
-    from pdlaunch.engine.memory.pools import open_memory_pools
+    from pdlaunch.engine.memory.pools import open_kv_memory, open_memory_pools
     from pdlaunch.errors import TransferError
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors.connector import (

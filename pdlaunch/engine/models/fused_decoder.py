@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from pdlaunch.engine.models.attention import AttentionStep, Decoder
-from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gated
+from pdlaunch.engine.models.kernels import add_and_normalize, multiply_gated
 from pdlaunch.engine.models.triton_attention import Norm, TritonStep
 
 GELU = "gelu_pytorch_tanh"

@@ -30,13 +30,13 @@ from pdlaunch.engine.models.attention import (
     PackedBatch,
     ReportProgress,
 )
-from pdlaunch.engine.models.attention_kernels import (
+from pdlaunch.engine.models.kernels import (
     LOG2_E,
     attend_decode,
     gather_kv,
     reduce_splits,
+    rotate_and_write,
 )
-from pdlaunch.engine.models.layer_kernels import rotate_and_write
 from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, upload_int32
 
 FLASH_MAX_HEAD_DIM = 256

@@ -106,7 +106,7 @@ print(int(weights.sum()))
 def test_what_peers_only_map_has_a_handle_beside_expandable_segments() -> None:
     code = """
 import torch
-from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+from pdlaunch.engine.memory.pools import open_kv_memory
 from pdlaunch.engine.memory.kv_memory import NotShareable
 from pdlaunch.engine.memory.pools import MemoryPools
 device = torch.device("cuda", 0)

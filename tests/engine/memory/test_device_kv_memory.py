@@ -9,9 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
 from pdlaunch.engine.memory.kv_memory import Export, NotShareable, SharedRange
-from pdlaunch.engine.memory.pools import MemoryPools
+from pdlaunch.engine.memory.pools import DeviceKVMemory, MemoryPools
 from pdlaunch.errors import MemoryPoolError
 from tests.engine.memory.fake_driver import FakeDriver
 from tests.engine.memory.open_files import num_open_fds
@@ -33,7 +32,7 @@ def test_what_peers_only_map_lies_outside_expandable_segments(variable: str, tex
     code = """
 import contextlib, json, torch
 from pdlaunch.engine.memory.pools import read_allocator_settings
-from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
+from pdlaunch.engine.memory.pools import DeviceKVMemory
 from pdlaunch.engine.memory.pools import MemoryPools
 class Watched(MemoryPools):
     def memory_pool(self, tag):
