@@ -16,6 +16,7 @@ from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.certificates import CertificateFiles
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ClientKey, DoorSpec, RouterSpec
@@ -50,12 +51,12 @@ class Bootstraps:
             if spec.engine not in self._engines:
                 placed = next(each for each in launch.engines if each.name == spec.engine)
                 self._engines[spec.engine] = launch.engine_spec(placed)
-            addresses = {
-                "bind_address": host.bind_address,
-                "advertise_address": host.advertise_address,
-            }
-            engine = self._engines[spec.engine].model_copy(update=addresses)
-        bootstrap = Bootstrap(
+            here = {name: getattr(host, name) for name in ("bind_address", "advertise_address")}
+            engine = self._engines[spec.engine].model_copy(update=here)
+        # Servers of native engines (those with a spec) listen on the network themselves.
+        is_vllm, is_server = spec.role is not None and engine is None, spec.kind == "server"
+        says = is_vllm or is_server
+        return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
             control=self.control,
@@ -64,32 +65,23 @@ class Bootstraps:
             log_level=config.log_level,
             log_format=config.log_format,
             engine_json=None if engine is None else engine.model_dump_json(),
+            engine_api_key=None if spec.kind == "rank" else _plain(config.engine_api_key),
+            capabilities=self.kind.capabilities(spec, engine) if says else Capabilities(),
+            router=self._router(launch) if spec.kind == "router" else None,
+            door=self._door(spec, launch) if is_vllm and is_server else None,
+            connector=self._connector(spec, incarnation, launch) if is_vllm else None,
+            tp_rank=spec.tp_rank,
+            # Each incarnation of ranks needs its own file to meet: that of a dead incarnation still
+            # lists its ranks.
+            rendezvous=f"file://{self.run_dir}/{spec.engine}.tp.{incarnation}",
             launch_id=self.launch_id,
             heartbeat_s=config.hang_timeout_s / HEARTBEATS,
         )
-        key, replace = _plain(config.engine_api_key), msgspec.structs.replace
-        if spec.kind == "rank" and engine is None:  # on a further host of an engine of vLLM
-            connector = self._connector(spec, incarnation, launch)
-            capabilities = self.kind.capabilities(spec, engine)
-            return replace(bootstrap, connector=connector, capabilities=capabilities)
-        if spec.kind == "rank":
-            # Rendezvous of the engine's ranks. Each incarnation needs its own file: the file of a
-            # dead incarnation still lists its ranks.
-            file = self.run_dir / f"{spec.engine}.tp.{incarnation}"
-            return replace(bootstrap, tp_rank=spec.tp_rank, rendezvous=f"file://{file}")
-        if spec.kind == "server":
-            capabilities = self.kind.capabilities(spec, engine)
-            # Servers of native engines (those with a spec) listen on the network themselves.
-            if engine is None:
-                door = self._door(spec, launch)
-                connector = self._connector(spec, incarnation, launch)
-                bootstrap = replace(bootstrap, door=door, connector=connector)
-            return replace(bootstrap, engine_api_key=key, capabilities=capabilities)
-        name = launch.served_model_name
-        router = router_spec(config, name, self.listeners)
+
+    def _router(self, launch: ResolvedLaunch) -> RouterSpec:
+        router = router_spec(launch.config, launch.served_model_name, self.listeners)
         paths = (engines.model.path for engines in launch.roles.values())
-        router = replace(router, model_dir=next(filter(None, paths), ""))
-        return replace(bootstrap, engine_api_key=key, router=router)
+        return msgspec.structs.replace(router, model_dir=next(filter(None, paths), ""))
 
     def _connector(
         self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch

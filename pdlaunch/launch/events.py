@@ -3,8 +3,6 @@
 Signal handlers only append; the supervisor's loop acts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -14,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import zmq
 
@@ -47,17 +45,16 @@ class SignalInbox:
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
 
-    def __enter__(self) -> SignalInbox:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             # The interpreter writes the number of each signal with a handler to this socket.
-            self._wakeup_before = signal.set_wakeup_fd(
-                self._writer.fileno(), warn_on_full_buffer=False
-            )
+            wakeup = self._writer.fileno()
+            self._wakeup_before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
             wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
             if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
                 wanted.remove(signal.SIGHUP)  # ignored by `nohup`: keep it ignored

@@ -25,9 +25,8 @@ def new_launch_id() -> str:
 
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
     """Create the log folder, by default a new one in the cache. Raises ConfigError."""
-    log_dir = (
-        Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
-    )
+    own = cache_root() / "logs" / launch_id
+    log_dir = Path(config.log_dir).expanduser() if config.log_dir else own
     try:
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (log_dir / SUPERVISOR_LOG).touch()
@@ -55,11 +54,8 @@ def keep_logs(log_dir: Path) -> Iterator[None]:
 
 def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     """Remove old log folders of launches that have ended; return the removed folders."""
-    launches = sorted(
-        path
-        for path in folder.iterdir()
-        if _LAUNCH_ID.fullmatch(path.name) and not path.is_symlink()
-    )
+    named = (path for path in folder.iterdir() if _LAUNCH_ID.fullmatch(path.name))
+    launches = sorted(path for path in named if not path.is_symlink())
     old = [path for path in launches[:-num_kept] if not _is_kept(path)]
     for path in old:
         shutil.rmtree(path, ignore_errors=True)

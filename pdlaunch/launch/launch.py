@@ -104,22 +104,13 @@ def launch(
         contextlib.closing(EnginePorts()) as engine_ports,
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir / CONTROL_SOCKET}")
-        bootstraps = Bootstraps(
-            kind=kind,
-            keys=keys,
-            control=endpoint,
-            run_dir=run_dir,
-            launch_id=launch_id,
-            listeners=listeners,
-        )
+        bootstraps = Bootstraps(kind, keys, endpoint, run_dir, launch_id, listeners)
         places = EnginePlaces(resolved, kind, {here, *joined})
-        host = LocalHost(control, log_dir, engine_ports)
+        of_host = (control, log_dir, engine_ports)
+        host = LocalHost(*of_host)
         if agents is not None:
             on_change = partial(_on_host_change, config, places, observer)
-            host = HostGroup(
-                control, log_dir, engine_ports, name=here, channel=agents, on_change=on_change
-            )
-
+            host = HostGroup(*of_host, name=here, channel=agents, on_change=on_change)
         plan, clock = plan_processes(resolved), time.monotonic
         supervisor = Supervisor(plan, host, bootstraps, places, observer, timing, clock)
         supervisor.wanted.is_strict = is_strict
@@ -140,12 +131,10 @@ def launch(
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
     """Convert models that engines cannot read, in a child process. Raises StartupError."""
     for model in resolved.conversions:
-        command = python_command(
-            "pdlaunch.protocol.process.bootstrap", "pdlaunch.engine.models.convert", model
-        )
+        guard, module = "pdlaunch.protocol.process.bootstrap", "pdlaunch.engine.models.convert"
         said = ""
         with subprocess.Popen(
-            [*command, "--if-needed"],
+            python_command(guard, module, model, "--if-needed"),
             # The child ends when this pipe closes, so it does not outlive the supervisor.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

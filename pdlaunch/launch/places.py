@@ -23,11 +23,10 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
-from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places
+from pdlaunch.planning.roles import EnginePlace, Key, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PairReady, PlannedChange, PlannedEngine
 from pdlaunch.protocol.engine_link import engine_of_rank
 
-Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
 GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
 
@@ -102,7 +101,7 @@ class EnginePlaces:
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
         """Add the new engines of a change; return their processes. ``forget`` drops old ones."""
-        new = {_key(engine) for engine in change.starts}
+        new = {engine.key for engine in change.starts}
         places = {key: place for key, place in change.resolved.places.items() if key in new}
         self.resolved = self.resolved.with_engines({**self.resolved.places, **places})
         return [spec for engine in change.starts for spec in self.kind.processes(engine)]
@@ -110,10 +109,8 @@ class EnginePlaces:
     def forget(self, engine: str) -> None:
         """Forget a removed engine. Its name stays reserved while a lost host may still run it."""
         gone = self._placed(engine)
-        hosts = [node.host.name for node in gone.nodes]
-        self._names_taken_until[engine] = self._ended_at(hosts)
-        left = dict(self.resolved.places)
-        del left[_key(gone)]
+        self._names_taken_until[engine] = self._ended_at(node.host.name for node in gone.nodes)
+        left = {key: place for key, place in self.resolved.places.items() if key != gone.key}
         self.resolved = self.resolved.with_engines(left)
 
     def plan(
@@ -154,7 +151,7 @@ class EnginePlaces:
         self, starts: Sequence[Key], stops: Sequence[PlacedEngine], home: Sequence[str]
     ) -> EngineChange:
         """Resolve a change. ``home``: hosts of an engine that changes its role; else empty."""
-        gone = {_key(engine) for engine in stops}
+        gone = {engine.key for engine in stops}
         places = self.resolved.places
         kept = {key: place for key, place in places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
@@ -173,7 +170,7 @@ class EnginePlaces:
         resolved = self.resolved.with_engines({**kept, **placed}, models)
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
-        new = [engine for engine in resolved.engines if _key(engine) in placed]
+        new = [engine for engine in resolved.engines if engine.key in placed]
         replicas = Counter(engine.engines.role for engine in resolved.engines)
         planned = PlannedChange(
             replicas={role: replicas[role] for role in ROLES},
@@ -194,7 +191,7 @@ class EnginePlaces:
         texts = [f"{each.rule} {_where(each, new)}: {each.message}" for each in warnings]
         return EngineChange(resolved, new, planned, texts)
 
-    def _models(self, new: Collection[Role]) -> Models:
+    def _models(self, new: set[Role]) -> Models:
         known = {role: engines.model for role, engines in self.resolved.roles.items()}
         if missing := new - known.keys():
             known |= read_models(with_replicas(self.resolved.config, dict.fromkeys(missing, 1)))
@@ -212,7 +209,7 @@ class EnginePlaces:
         return {
             gpu: engine.name
             for engine in self.resolved.engines
-            if _key(engine) not in gone
+            if engine.key not in gone
             for gpu in _gpus_of(engine)
         }
 
@@ -256,20 +253,11 @@ class EnginePlaces:
 
     def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
         """Return the present hosts of a role: those with a free core first, then those of peers."""
-        near = {
-            place.host
-            for (other, _), place in places.items()
-            if role in PAIR and other in PAIR and other != role
-        }
-        num_engines = Counter(place.host for place in places.values())
-        hosts = self.resolved.hosts
-        return sorted(
-            (host for host in hosts if role in host.roles and host.name in self.present),
-            key=lambda host: (
-                num_engines[host.name] >= host.machine.num_cpus,
-                host.name not in near,
-            ),
-        )
+        peers = {*PAIR} - {role} if role in PAIR else set()
+        near = {place.host for (other, _), place in places.items() if other in peers}
+        used = Counter(place.host for place in places.values())
+        here = [h for h in self.resolved.hosts if role in h.roles and h.name in self.present]
+        return sorted(here, key=lambda h: (used[h.name] >= h.machine.num_cpus, h.name not in near))
 
     def _no_room(self, starts: Sequence[Key], busy: Mapping[GpuKey, str]) -> ConfigError:
         role = starts[0][0]
@@ -316,9 +304,9 @@ class EnginePlaces:
         """Raise ConfigError if an engine that stays would need a restart: its sockets and its
         connector were set up for the peers at its start.
         """
-        before = {_key(engine): engine.engines for engine in self.resolved.engines}
-        for engine in (engine for engine in resolved.engines if _key(engine) in kept):
-            old, new = before[_key(engine)], engine.engines
+        before = {engine.key: engine.engines for engine in self.resolved.engines}
+        for engine in (engine for engine in resolved.engines if engine.key in kept):
+            old, new = before[engine.key], engine.engines
             if (old.has_far_peers, old.unverified) != (new.has_far_peers, new.unverified):
                 why = new.unverified or "it would get peers on other hosts, or lose them all"
                 raise ConfigError(
@@ -368,11 +356,10 @@ def _key(engine: PlacedEngine) -> Key:
 
 def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
     return {
-        (node.host.name, gpus[device].index)
+        (node.host.name, node.engines.gpus[device].index)
         for node in engine.nodes
-        for gpus in [node.engines.gpus]
         for device in node.device_indices
-        if device < len(gpus)  # a host may have fewer GPUs after it joined again
+        if device < len(node.engines.gpus)  # a host may have fewer after it joined again
     }
 
 

@@ -1,20 +1,18 @@
 """Defines what users see of a launch: immutable snapshots of its state, and its failure."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from pdlaunch.observe.causes import find_cause, known_fix
+from pdlaunch.observe.causes import find_cause, known_fix, last_lines
 from pdlaunch.protocol.control import PairReady
 
 MAX_LINES = 20
 MAX_WIDTH = 300
 # Largest number of lines by the supervisor; the others are for the error of the process
 _MAX_OWN_LINES = 12
-_TAIL_BYTES = 256 * 1024
 
 
 class ProcessState(StrEnum):
@@ -91,21 +89,11 @@ class Failure:
         return [line[:MAX_WIDTH] for line in lines]
 
 
-def _tail(log: Path) -> list[str]:
-    try:
-        with log.open("rb") as file:
-            file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
-
-
 def _reason(said: str, log: Path) -> list[str]:
     """Return the error of a process, or the cause in its log, with the fix; else the log's end."""
     error, fix = said, known_fix(said)
     if not said:
-        tail = _tail(log)
+        tail = [line.rstrip() for line in last_lines(log) if line.strip()]
         if (cause := find_cause(tail)) is None:
             return tail[-10:]
         error, fix = cause
@@ -126,7 +114,7 @@ def startup_timeout(
     ``missing_pairs``: texts, which are shown if all processes are ready.
     """
     done = (ProcessState.READY, ProcessState.EXITED)
-    slow = [process for process in status.processes if process.state not in done]
+    slow = [each for each in status.processes if each.state not in done]
     waiting = [
         f"  {each.name} is {each.state}" + (f": {each.doing}" if each.doing else "")
         for each in slow

@@ -6,8 +6,9 @@ registry that they need: addresses, and the pairs that are proven.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import msgspec
 
@@ -33,16 +34,9 @@ from pdlaunch.launch.state import (
     Start,
     Timing,
 )
-from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
+from pdlaunch.launch.status import LaunchPhase, Observer
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol import control
-
-# The registry has no entries for processes in other states: for peers, an absent entry is a death.
-_LISTED: Mapping[ProcessState, control.ListedState] = {
-    ProcessState.STARTING: "starting",
-    ProcessState.READY: "ready",
-    ProcessState.DRAINING: "draining",
-}
 
 
 def next_registry(current: control.Registry, wanted: Desired, seen: Observed) -> control.Registry:
@@ -68,7 +62,9 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry 
     The server of an engine that is given up or leaving, or whose model has changed, keeps an
     entry with the reason.
     """
-    spec, registration, state = process.spec, process.registration, _LISTED.get(process.state)
+    spec, registration = process.spec, process.registration
+    # The registry has no entry for a dead process: for peers, an absent entry is a death.
+    state = cast(control.ListedState, process.state.value) if process.alive else None
     withheld: control.Withheld = ""
     reason = ""
     if state == "ready" and process.is_stalled:
@@ -117,14 +113,10 @@ def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
     if spec.peers is None:
         return registry
     circle = {spec.engine, *spec.peers}
-    return msgspec.structs.replace(
-        registry,
-        entries=[entry for entry in registry.entries if entry.engine in circle],
-        # Only the pairs that the process itself has proven.
-        pairs=[pair for pair in registry.pairs if pair.local == spec.name],
-        ends={},
-        text_files={},
-    )
+    entries = [entry for entry in registry.entries if entry.engine in circle]
+    # Only the pairs that the process itself has proven.
+    pairs = [pair for pair in registry.pairs if pair.local == spec.name]
+    return msgspec.structs.replace(registry, entries=entries, pairs=pairs, ends={}, text_files={})
 
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,15 @@ All processes of an engine of vLLM write to one log, and each reports the death 
 The tests use logs of real failures: ``tests/launch/failed_starts``.
 """
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_LENGTH = 300  # characters of an error; vLLM's can list every architecture that it supports
+_TAIL_BYTES = 256 * 1024
 INCARNATION = "--- incarnation"  # begins the line that separates two incarnations in a log
 
 _NAME = r"(?:\[rank\d+\]: ?|\((\w+)[^()]*\bpid=\d+[^()]*\) )"
@@ -137,6 +141,14 @@ def find_cause(lines: Sequence[str]) -> Cause | None:
             return Cause(error.text, fix)
     ends = [error for error in found if not error.leads_on]
     return Cause(ends[0 if deepest else -1].text, "") if ends else None
+
+
+def last_lines(log: Path, start: int = 0) -> list[str]:
+    """Return the lines of a log from byte ``start`` on, at most the last 256 KiB."""
+    with contextlib.suppress(OSError), log.open("rb") as file:  # or it is a pipe, or a terminal
+        file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()
+    return []
 
 
 def _errors(lines: Sequence[str]) -> Iterator[_Error]:

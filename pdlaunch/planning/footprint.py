@@ -4,21 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.outline import KVLayers, Outline
-from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.sizes import format_size
-from pdlaunch.engine.kvcache.groups import (
-    KVCacheLayout,
-    make_groups,
-    min_blocks,
-    num_kv_heads_of_rank,
-)
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
 
-# Times hidden_size + intermediate_size; reserved if gpu_memory_utilization sizes the KV cache
-CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 _VLLM_BLOCK_SIZE = 16
 
 
@@ -27,12 +18,7 @@ class Footprint:
     """Holds the memory of one rank, in bytes; for vLLM, a lower bound."""
 
     weight_bytes: int
-    activation_bytes: int
-    """Memory of the largest step; 0 (unknown) for vLLM.
-
-    A fixed reserve if gpu_memory_utilization sets the size of the KV cache. Otherwise an estimate:
-    hidden and inner states, and float32 logits of all running requests.
-    """
+    activation_bytes: int  # memory of the largest step; 0 (unknown) for vLLM
     kv_bytes_for: Callable[[int], int]  # Bytes of KV cache of a request with this many tokens
     max_model_len: int
     # Size of the KV cache; None: the rank takes the free memory, whose size is known after start
@@ -79,48 +65,6 @@ class Footprint:
         return f"{known} + KV cache {kv} = {total}"
 
 
-def make_footprint(
-    shape: ModelShape,
-    settings: EngineSettings,
-    *,
-    tp_size: int,
-    device: Literal["cpu", "cuda"],
-    dtype: str,
-    max_model_len: int,
-    max_num_batched_tokens: int,
-    kv_cache_bytes: int | None,
-) -> Footprint:
-    """Return the memory of one of ``tp_size`` ranks. Shares of the ranks are rounded down."""
-    size = DTYPE_BYTES[dtype]
-    # In this case the rank reserves exactly these bytes; the other case is an estimate.
-    if device == "cuda" and kv_cache_bytes is None:
-        inner = shape.hidden_size + shape.intermediate_size
-        activations = max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
-    else:
-        inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // tp_size
-        rows = min(settings.max_num_seqs, max_num_batched_tokens)
-        activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
-    # The rank makes the same layout, so it counts the same number of blocks.
-    layout = KVCacheLayout(
-        make_groups(shape.layer_windows),
-        num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, tp_size),
-        head_dim=shape.head_dim,
-        block_size=settings.block_size,
-        dtype_bytes=size,
-    )
-    windows = [group.sliding_window for group in layout.groups]
-    return Footprint(
-        weight_bytes=_weights_of_rank(shape, tp_size) * size,
-        activation_bytes=activations,
-        kv_bytes_for=lambda num_tokens: (
-            min_blocks(windows, layout.block_size, num_tokens) * layout.block_bytes
-        ),
-        layout=layout,
-        max_model_len=max_model_len,
-        kv_cache_bytes=kv_cache_bytes,
-    )
-
-
 def outline_of_shape(shape: ModelShape) -> Outline:
     """Return the model's outline, made from the shape for models that native engines serve."""
     layers = Counter(
@@ -129,8 +73,8 @@ def outline_of_shape(shape: ModelShape) -> Outline:
     return shape.outline or Outline(layers, 0, shape.num_parameters, 0, 0)
 
 
-def _weights_of_rank(shape: ModelShape, tp_size: int) -> int:
-    """Return the number of parameters on one rank.
+def weights_of_rank(shape: ModelShape, tp_size: int) -> int:
+    """Return the number of parameters on one rank, rounded down.
 
     Linear layers are split over the ranks. Each rank has whole embeddings and norms. KV projections
     are split over at most ``num_kv_heads`` ranks; further ranks replicate heads.

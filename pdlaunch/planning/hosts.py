@@ -1,7 +1,7 @@
 """Describes the hosts of a launch: the local host, hosts with agents, and hosts by profile."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
@@ -78,17 +78,13 @@ def planned_hosts(
 
 def settled(settings: HostSettings, known: ResolvedHost) -> ResolvedHost:
     """Return the host ``known``, changed where ``settings`` has values."""
-    bind = settings.bind_address or known.bind_address
-    return ResolvedHost(
+    bind = settings.bind_address
+    return replace(
+        known,
         name=settings.name,
-        machine=known.machine,
-        environ=known.environ,
-        bind_address=bind,
-        advertise_address=settings.advertise_address
-        or settings.bind_address
-        or known.advertise_address,
+        bind_address=bind or known.bind_address,
+        advertise_address=settings.advertise_address or bind or known.advertise_address,
         roles=frozenset(ROLES if settings.roles is None else settings.roles),
-        executables=known.executables,
     )
 
 

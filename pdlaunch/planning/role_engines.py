@@ -16,9 +16,15 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.vllm_arguments import long_name
+from pdlaunch.engine.kvcache.groups import (
+    KVCacheLayout,
+    make_groups,
+    min_blocks,
+    num_kv_heads_of_rank,
+)
 from pdlaunch.machine.facts import VISIBLE_DEVICES, Gpu, Machine, VisibleGpus, visible_gpus
 from pdlaunch.machine.host import expandable_segments_variable
-from pdlaunch.planning.footprint import Footprint, make_footprint, outline_of_shape
+from pdlaunch.planning.footprint import Footprint, outline_of_shape, weights_of_rank
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
 
@@ -29,6 +35,8 @@ Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocator
 _RESIZING = ("cpu-offload-gb", "hf-overrides")
 # Bits of a number in vLLM's KV cache, by the prefix of kv-cache-dtype; 4 for other dtypes
 _KV_BITS = {"auto": 16, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8}
+# Times hidden_size + intermediate_size; reserved if gpu_memory_utilization sizes the KV cache
+CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
@@ -225,25 +233,47 @@ class RoleEngines:
     @cached_property
     def footprint(self) -> Footprint | None:
         """Return the memory of one rank (of vLLM a lower bound); None if it is not known."""
-        shape, dtype = self.shape, self.dtype
-        if not self.is_native:
-            return self._vllm_footprint()
-        if shape is None or dtype is None or self.max_model_len is None:
+        shape, dtype, max_model_len = self.shape, self.dtype, self.max_model_len
+        if shape is None or max_model_len is None:
             return None
-        return make_footprint(
-            shape,
-            self.settings,
-            tp_size=self.tp_size,
-            device=self.device,
-            dtype=dtype,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+        if not self.is_native:
+            return self._vllm_footprint(shape, max_model_len)
+        return None if dtype is None else self._native_footprint(shape, dtype, max_model_len)
+
+    def _native_footprint(self, shape: ModelShape, dtype: str, max_model_len: int) -> Footprint:
+        size, num_tokens = DTYPE_BYTES[dtype], self.max_num_batched_tokens
+        if self.device == "cuda" and self.kv_cache_bytes is None:
+            # The rank reserves exactly these bytes, since gpu_memory_utilization sizes the cache.
+            inner = shape.hidden_size + shape.intermediate_size
+            activations = num_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
+        else:
+            # An estimate: hidden and inner states, and float32 logits of all running requests.
+            inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // self.tp_size
+            rows = min(self.settings.max_num_seqs, num_tokens)
+            activations = num_tokens * inner * size + rows * shape.vocab_size * 4
+        # The rank makes the same layout, so it counts the same number of blocks.
+        layout = KVCacheLayout(
+            make_groups(shape.layer_windows),
+            num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, self.tp_size),
+            head_dim=shape.head_dim,
+            block_size=self.settings.block_size,
+            dtype_bytes=size,
+        )
+        windows = [group.sliding_window for group in layout.groups]
+        return Footprint(
+            weight_bytes=weights_of_rank(shape, self.tp_size) * size,
+            activation_bytes=activations,
+            kv_bytes_for=lambda num_tokens: (
+                min_blocks(windows, layout.block_size, num_tokens) * layout.block_bytes
+            ),
+            layout=layout,
+            max_model_len=max_model_len,
             kv_cache_bytes=self.kv_cache_bytes,
         )
 
-    def _vllm_footprint(self) -> Footprint | None:
-        shape, given = self.shape, self.arguments
-        if shape is None or self.max_model_len is None or self.has_argument(*_RESIZING):
+    def _vllm_footprint(self, shape: ModelShape, max_model_len: int) -> Footprint | None:
+        given = self.arguments
+        if self.has_argument(*_RESIZING):
             return None
         outline, dtype_bytes = outline_of_shape(shape), DTYPE_BYTES[self.dtype or "bfloat16"]
         weight_bytes = outline.weight_bytes(
@@ -263,7 +293,7 @@ class RoleEngines:
         return Footprint(
             weight_bytes=weight_bytes,
             activation_bytes=0,
-            max_model_len=self.max_model_len,
+            max_model_len=max_model_len,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_bytes_for=partial(
                 outline.kv_bytes,
@@ -283,19 +313,17 @@ class RoleEngines:
 
         None for values that vLLM chooses.
         """
-        own = self.is_native
+        settings, is_vllm = self.settings, not self.is_native
+        num_tokens = settings.max_num_batched_tokens if is_vllm else self.max_num_batched_tokens
+        is_open = is_vllm and settings.async_scheduling
         return {
             "device": self.device,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
-            "max_num_batched_tokens": self.max_num_batched_tokens
-            if own
-            else self.settings.max_num_batched_tokens,
+            "max_num_batched_tokens": num_tokens,
             "kv_cache_memory": self.kv_cache_bytes,
             "num_threads": self.num_threads,
-            "async_scheduling": self.async_scheduling
-            if own or not self.settings.async_scheduling
-            else None,
+            "async_scheduling": None if is_open else self.async_scheduling,
             "enable_cumem_allocator": self.cumem_allocator,
         }
 

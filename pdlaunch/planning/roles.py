@@ -41,7 +41,8 @@ class EnginePlace:
         return (self, *self.others)
 
 
-Places = Mapping[tuple[Role, int], EnginePlace]  # the place of each engine, by role and index
+Key = tuple[Role, int]  # role and index of an engine
+Places = Mapping[Key, EnginePlace]
 
 
 def place_engines(
@@ -57,7 +58,7 @@ def place_engines(
     than one; limited to the hosts there are. If no host has free devices for an engine, it goes to
     the host with the fewest ranks per device. A host without any devices for the role comes last.
     """
-    places: dict[tuple[Role, int], EnginePlace] = {}
+    places: dict[Key, EnginePlace] = {}
     used: Counter[tuple[str, DeviceKind]] = Counter()
 
     def cost(room: Room, role: Role, partner: str | None) -> tuple[object, ...]:
@@ -103,6 +104,10 @@ class PlacedEngine:
     def nodes(self) -> tuple[PlacedEngine, ...]:
         """Return the engine's part on each of its hosts, in the order of ranks."""
         return (replace(self, others=()), *self.others)
+
+    @property
+    def key(self) -> Key:
+        return self.engines.role, self.index
 
     @property
     def name(self) -> str:

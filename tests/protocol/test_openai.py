@@ -78,7 +78,7 @@ def test_unknown_fields_are_ignored_and_named_with_their_place() -> None:
         "stream_options.w",
         "tools.function.z",
     ]
-    assert request.include_usage
+    assert request.stream_options.include_usage
     many = {f"{number}{'x' * 100}": 1 for number in range(1000)}
     assert len(completion(**many).ignored_fields) == MAX_IGNORED_NAMES
 

@@ -230,7 +230,7 @@ class AnswerWriter:
 
     def last_events(self) -> bytes:
         end = b""
-        if self._request.include_usage:
+        if self._request.stream_options.include_usage:
             last = self._new([])
             last.usage = self._generation.usage()
             end += encode_event(last)
@@ -262,7 +262,9 @@ class AnswerWriter:
         return [chunk]
 
     def _usage_so_far(self) -> responses.Usage | UnsetType:
-        return self._generation.usage() if self._request.continuous_usage else UNSET
+        options = self._request.stream_options
+        is_wanted = options.include_usage and options.continuous_usage_stats
+        return self._generation.usage() if is_wanted else UNSET
 
     def _new(
         self, deltas: Sequence[Delta], *, is_whole: bool = False, names_prompts: bool = False

@@ -110,9 +110,8 @@ def running_deployment(
             # Only this process gets Ctrl-C; it stops the deployment.
             start_new_session=True,
         )
-        deployment = Deployment(
-            process, local_url(host, port, is_tls=is_tls), Path(logs), folder / OUTPUT
-        )
+        url = local_url(host, port, is_tls=is_tls)
+        deployment = Deployment(process, url, Path(logs), folder / OUTPUT)
         try:
             _await_health(deployment, start_at + timeout_s)
             deployment.start_s = time.monotonic() - start_at

@@ -12,7 +12,6 @@ from pdlaunch.config.roles import EngineName
 from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.launch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
 from pdlaunch.launch.engines.vllm import VllmEngine
-from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import MAX_PEERS, Capabilities, due_pairs
@@ -37,16 +36,18 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
 def plan_processes(launch: ResolvedLaunch) -> Plan:
     """Plan every process; ranks come first, because they take longest to start."""
     kind = kind_of(launch)
-    engines = with_peers(
-        [process for engine in launch.engines for process in kind.processes(engine)]
+    engines = [process for engine in launch.engines for process in kind.processes(engine)]
+    router = ProcessSpec(
+        name="router",
+        kind="router",
+        unit="router",
+        command=python_command("pdlaunch.router", "--name", "router"),
+        environment=light_environment(),
+        ports={"http": launch.config.port},
+        host=launch.hosts[0].name,
     )
-    return Plan(
-        processes=(
-            *(process for process in engines if process.kind != "server"),
-            *(process for process in engines if process.kind == "server"),
-            _router(launch.config.port, launch.hosts[0]),
-        )
-    )
+    servers_last = sorted(with_peers(engines), key=lambda process: process.kind == "server")
+    return Plan(processes=(*servers_last, router))
 
 
 def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
@@ -65,15 +66,3 @@ def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
         msgspec.structs.replace(process, peers=tuple(peers[process.engine]))
         for process in processes
     ]
-
-
-def _router(port: int, here: ResolvedHost) -> ProcessSpec:
-    return ProcessSpec(
-        name="router",
-        kind="router",
-        unit="router",
-        command=python_command("pdlaunch.router", "--name", "router"),
-        environment=light_environment(),
-        ports={"http": port},
-        host=here.name,
-    )

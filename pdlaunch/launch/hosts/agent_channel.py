@@ -332,12 +332,12 @@ class HostGroup(LocalHost):
         log_dir: Path,
         engine_ports: EnginePorts,
         *,
-        name: str,
+        name: str,  # of this host
         channel: AgentChannel,
         on_change: Callable[[Joined | Lost], None],
     ) -> None:
         super().__init__(control, log_dir, engine_ports)
-        self._name = name  # name of this host
+        self._name = name
         self._channel = channel
         self._on_change = on_change
         self._spawned: dict[str, Spawn] = {}  # running processes of other hosts, by name

@@ -32,15 +32,7 @@ _MOST_BYTES = 64 * 1024
 class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # ``tcp://10.0.0.1:5555``
     server_public: str
-    public: str
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"JoinTicket({self.endpoint})"
-
-    @property
-    def keys(self) -> LaunchKeys:
-        return LaunchKeys(self.public, self.secret, "")
+    keys: LaunchKeys  # of the agents
 
 
 class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,19 +41,19 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0  # port of the supervisor; 0: any
 
     def ticket(self, endpoint: str) -> JoinTicket:
-        return JoinTicket(
-            endpoint=endpoint,
-            server_public=self.server.public,
-            public=self.agents.public,
-            secret=self.agents.secret,
-        )
+        server_public = self.server.public
+        return JoinTicket(endpoint=endpoint, server_public=server_public, keys=self.agents)
 
 
 def new_join_keys(port: int = 0) -> JoinKeys:
     """Generate the join keys of one launch, whose supervisor listens at ``port`` (0: any)."""
-    pairs = [map(bytes.decode, zmq.curve_keypair()) for _ in range(2)]
-    server, agents = (LaunchKeys(public, secret, "") for public, secret in pairs)
-    return JoinKeys(server=server, agents=agents, port=port)
+    return JoinKeys(server=new_keys(), agents=new_keys(), port=port)
+
+
+def new_keys() -> LaunchKeys:
+    """Generate a CURVE key pair."""
+    public, secret = zmq.curve_keypair()
+    return LaunchKeys(public.decode(), secret.decode())
 
 
 @contextlib.contextmanager

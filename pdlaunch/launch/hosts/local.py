@@ -93,12 +93,10 @@ class LocalHost:
 
     CLOSE_TIMEOUT_S = 5.0
 
-    def __init__(
-        self, control: zmq.Socket[bytes], log_dir: Path, engine_ports: EnginePorts
-    ) -> None:
+    def __init__(self, control: zmq.Socket[bytes], log_dir: Path, ports: EnginePorts) -> None:
         self._control = control
         self._log_dir = log_dir
-        self._engine_ports = engine_ports
+        self._engine_ports = ports
         self._children: dict[str, _Child] = {}  # running processes, by name
         # By engine: the step record of rank 0, in shared memory that outlives the rank.
         self._step_records: dict[str, mmap.mmap] = {}
@@ -187,8 +185,8 @@ class LocalHost:
 
     def exits(self) -> list[ProcessExited]:
         ended = {pidfd for pidfd, _ in self._ended.poll(0)}
-        names = [name for name, child in self._children.items() if child.pidfd in ended]
-        return [self._bury(name) for name in names]
+        children = list(self._children.items())
+        return [self._bury(name) for name, child in children if child.pidfd in ended]
 
     def _bury(self, name: str) -> ProcessExited:
         """Kill the rest of an ended child's process group, and reap the child."""

@@ -29,7 +29,7 @@ from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.link import remove_setup, write_setup
 from pdlaunch.machine.network import with_device_names
-from pdlaunch.observe.causes import Cause, find_cause
+from pdlaunch.observe.causes import Cause, find_cause, last_lines
 from pdlaunch.protocol.control import Address, Ready, Registry
 from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
 from pdlaunch.protocol.process.bootstrap import Bootstrap
@@ -44,7 +44,6 @@ _FILE_FLAGS = {
 _PATH = re.compile(r'[^",={}\[\]]*/[^",={}\[\]]*')
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
-_MAX_TAIL_BYTES = 256 * 1024
 SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _PR_SET_PDEATHSIG = 1
@@ -290,23 +289,13 @@ class EngineOutput:
     """Finds the cause of an engine's end in its output, which is in this process's log."""
 
     def __init__(self, path: Path = Path("/proc/self/fd/1")) -> None:
-        self._path = path
-        self._start = self._num_bytes()
+        self._path, self._start = path, 0
+        with contextlib.suppress(OSError):
+            self._start = path.stat().st_size  # ignore the lines that are already there
 
     def cause(self) -> Cause | None:
         """Return the error that ended the engine; None if no line shows a cause."""
-        start = max(self._start, self._num_bytes() - _MAX_TAIL_BYTES)
-        try:
-            with self._path.open("rb") as log:
-                log.seek(start)
-                return find_cause(log.read().decode(errors="replace").splitlines())
-        except OSError:  # a pipe, or a terminal
-            return None
-
-    def _num_bytes(self) -> int:
-        with contextlib.suppress(OSError):
-            return self._path.stat().st_size
-        return 0
+        return find_cause(last_lines(self._path, self._start))
 
 
 # Engines over hosts

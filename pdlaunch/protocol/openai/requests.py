@@ -19,9 +19,11 @@ from pdlaunch.errors import RequestError
 from pdlaunch.protocol.kv_params import KVTransferParams, TokenOutput, from_wire
 from pdlaunch.protocol.openai.body import MAX_JSON_VALUES, RequestBody, Values, num_values
 
-MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # most parts in all messages together
-MAX_TOOLS = 1024
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class TextPart(RequestBody):
@@ -96,11 +98,7 @@ class Tool(RequestBody):
         return {"type": self.type, "function": self.function.model_dump(exclude_none=True)}
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+Tools = Annotated[list[Tool], Field(max_length=1024)]
 
 
 class ChatMessage(RequestBody):
@@ -111,7 +109,7 @@ class ChatMessage(RequestBody):
     HINTS = frozenset({"annotations", "refusal"})
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
+    content: Annotated[list[TextPart], BeforeValidator(_as_list), Field(max_length=MAX_PARTS)] = []
     name: str | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
@@ -152,16 +150,13 @@ def _check_size(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 Messages = Annotated[
-    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_size)
+    list[ChatMessage], Field(min_length=1, max_length=4096), AfterValidator(_check_size)
 ]
 
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
-MAX_LABEL_LENGTH = 1024
-MAX_STOP_STRINGS = 32
-MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIAS = 1024  # openAI takes 300, vLLM any number
 DEFAULT_MAX_TOKENS = 16  # of completions; OpenAI's default
 
@@ -172,10 +167,6 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     choices: list[list[TokenOutput]]
     # The client already has the role, text, logprobs and finish_reason of these tokens.
     sent: bool = True
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
 
 
 def _int_keys(value: object) -> object:
@@ -191,15 +182,15 @@ def _int_keys(value: object) -> object:
 
 
 StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    list[Annotated[str, Field(min_length=1, max_length=1000)]],
     BeforeValidator(_as_list),
-    Field(max_length=MAX_STOP_STRINGS),
+    Field(max_length=32),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
 ]
-Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
+Label = Annotated[str, Field(max_length=1024)]
 
 
 def _names(names: str) -> frozenset[str]:
@@ -325,14 +316,6 @@ class GenerationRequest(SamplingFields):
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options.include_usage
-
-    @property
-    def continuous_usage(self) -> bool:
-        return self.include_usage and self.stream_options.continuous_usage_stats
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -29,7 +29,7 @@ def test_an_agent_gets_the_servers_public_key_and_a_pair_of_its_own(path: Path) 
         ticket = read_ticket(str(path))
         assert (ticket.endpoint, ticket.server_public) == (ENDPOINT, keys.server.public)
         assert keys.server.secret not in path.read_text()
-        assert ticket.secret not in repr(ticket)
+        assert ticket.keys.secret not in repr(ticket)
         modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
         assert modes == {"join": 0o600, "join.supervisor": 0o600}
     assert list(path.parent.iterdir()) == []

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import zmq
 
 from pdlaunch.config.hosts import HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.launch.hosts.join import JoinTicket
+from pdlaunch.launch.hosts.join import JoinTicket, new_keys
 from pdlaunch.launch.hosts.local import HIDDEN_VARIABLES
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ class AgentActor:
     """
 
     def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
-        public, secret = zmq.curve_keypair()
-        self._public, self._secret = public.decode(), secret.decode()
+        self._keys = new_keys()
         self._name = name
         self._num_cpus = num_cpus
         self._allowed = [word for each in executables for word in ("--allow-executable", each)]
@@ -74,7 +72,7 @@ class AgentActor:
 
     def state(self) -> tuple[str, bool]:
         """Return the public key, new if the actor was restarted, and whether the agent runs."""
-        return self._public, self._agent is not None and self._agent.poll() is None
+        return self._keys.public, self._agent is not None and self._agent.poll() is None
 
     def start(self, endpoint: str, server_public: str) -> None:
         """Start the agent. It ends when its standard input closes, and so with this actor."""
@@ -83,9 +81,7 @@ class AgentActor:
         command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
         command += self._allowed
         self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
-        ticket = JoinTicket(
-            endpoint=endpoint, server_public=server_public, public=self._public, secret=self._secret
-        )
+        ticket = JoinTicket(endpoint=endpoint, server_public=server_public, keys=self._keys)
         assert self._agent.stdin is not None
         self._agent.stdin.write(msgspec.json.encode(ticket) + b"\n")
         self._agent.stdin.flush()
