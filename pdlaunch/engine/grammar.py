@@ -43,9 +43,8 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def take(self, grammar: str) -> Future[LLMatcher]:
-        """Return a matcher in the grammar's first state, kept until ``give_back``.
-
-        The future raises ValueError if the grammar does not compile for the model's tokenizer.
+        """Return a matcher in the grammar's first state, kept until ``give_back``. The future
+        raises ValueError if the grammar does not compile for the model's tokenizer.
         """
         if grammar not in self._compiled:
             self._compiled[grammar] = self._thread.submit(self._compile, grammar)

@@ -45,10 +45,7 @@ class Incoming:
 
 
 class KVTransfers:
-    """Owns the blocks of leases, pulls, loads and stores.
-
-    ``planner`` is None without a host tier.
-    """
+    """Owns the blocks of leases, pulls, loads and stores. Without a host tier, ``planner`` is None."""
 
     def __init__(
         self,
@@ -78,8 +75,7 @@ class KVTransfers:
 
     def grant(self, request: Request, reason: FinishReason) -> RemoteKV | None:
         """Lease the prompt's blocks of a request that ends now, if another engine may decode on.
-
-        The lease serves all choices of the prompt. Therefore it is granted even if this choice has
+        The lease serves all choices of the prompt, so it is granted even if this choice has
         stopped, unless there is no other. The server ends a lease that no choice needs.
         """
         message = request.message
@@ -186,9 +182,7 @@ class KVTransfers:
     # Loads and stores
 
     def find_on_host(self, request: Request, max_blocks: int) -> HostHit | None:
-        """Return the longest prefix, of at most ``max_blocks`` blocks, that is partly in host
-        memory; None if host memory adds nothing to the device's prefix cache.
-        """
+        """Return the longest prefix that is partly in host memory; None if that adds nothing."""
         if self._planner is None or not request.may_load:
             return None
         return self._planner.find(request.hasher.block_hashes, max_blocks, self._kv.pool.find)

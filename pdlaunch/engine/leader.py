@@ -286,7 +286,6 @@ class Leader:
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
     def turn(self) -> None:
-        """Receive messages, then schedule, run and postprocess one step."""
         self._receive()
         plan = self._schedule()
         self._run(plan)
@@ -437,7 +436,6 @@ class Follower:
         return POLL_S if self._rank.sleeper.is_busy else STATS_INTERVAL_S
 
     def turn(self) -> None:
-        """Run the plans received from rank 0; report ended transfers, copies and sleep."""
         for frames in drain(self._leader):
             match from_rank_zero.decode(frames[-1]):
                 case StepPlan() as plan:

@@ -129,7 +129,6 @@ class RequestLifecycle:
         offload: OffloadPlanner | None = None,
     ) -> None:
         """``port``: of the side channel, from which other engines pull leases granted here.
-
         ``wake``: wakes the step loop; called from any thread.
         """
         assert offload is None or spec.enable_prefix_caching
@@ -400,9 +399,8 @@ class RequestLifecycle:
         remote_kv: RemoteKV | None = None,
     ) -> None:
         """End a request and report this to the server. Free its row and blocks, unless a step in
-        flight still uses them.
-
-        ``ending``: id of the last token; ``token``: that token, if the server does not have it yet.
+        flight still uses them. ``ending``: id of the last token; ``token``: that token, if it is
+        new to the server.
         """
         self.histograms.ended(request)
         # Before the phase changes, because ``cancel`` reads from it whether this is a pull.
@@ -454,7 +452,6 @@ class RequestLifecycle:
         return new(stored=changes[0], removed=changes[1])
 
     def stats(self) -> EngineStats:
-        """Return the totals since the start, and the current numbers of requests and blocks."""
         return EngineStats(
             num_blocks=self.kv.pool.num_blocks,
             num_running=len(self.queues.running),
@@ -466,7 +463,6 @@ class RequestLifecycle:
         )
 
     def check_integrity(self) -> None:
-        """Check that counts and owners of requests and blocks agree. Raises AssertionError."""
         owners = {*self.queues.by_id.values()} | self.batch.ended()
         self.transfers.check_integrity(owners)
         self.queues.check_integrity()

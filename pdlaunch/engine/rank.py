@@ -134,7 +134,6 @@ class RankProcess:
         self._control_context.close()
 
     def _turn(self, loop: Leader | Follower, runner: ModelRunner) -> None:
-        """Run the step loop until the supervisor or rank 0 stops it."""
         poller = zmq.Poller()
         for waker in (self._wakeup, *loop.sockets):
             poller.register(waker, zmq.POLLIN)

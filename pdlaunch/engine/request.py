@@ -163,7 +163,6 @@ class Request:
         return sampling.needs_output or bool(sampling.grammar)
 
     def take_scored(self) -> list[TokenOutput]:
-        """Return the prompt's tokens with log-probabilities, once; empty if not requested."""
         if self.scored is None:
             return []
         scored, self.scored = [TokenOutput(token_id=self.token_ids[0]), *self.scored], None
@@ -201,8 +200,8 @@ class Request:
             log.take(told, sent_at=asked_at, received_at=now_at, process=RANK.format(tp_rank))
 
     def report_spans(self, reason: FinishReason | None = None) -> SpanReport | None:
-        """Return the spans since the last report; None if the request records none. Called with the
-        first token that is drawn here, and at the end of the request with its ``reason``.
+        """Return the spans since the last report, if any. Called with the first token that is drawn
+        here, and at the end of the request with its ``reason``.
         """
         if (log := self.spans) is None:
             return None
@@ -275,7 +274,6 @@ class RequestQueues:
         return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("order"))
 
     def check_integrity(self) -> None:
-        """Check that each request is in the queue of its phase. Raises AssertionError."""
         for queue in (self.waiting, self.running):
             assert queue == sorted(queue, key=attrgetter("order"))
         for request in self.by_id.values():
@@ -368,8 +366,8 @@ class Batch:
         return {request for request in requests if request.phase is Phase.FINISHED}
 
     def check_integrity(self, owners: set[Request]) -> None:
-        """Check that no row is used twice, and that counts match the steps in flight. ``owners``:
-        all unfinished requests, and those of ``ended``. Raises AssertionError.
+        """Check rows, and the counts of ``owners``: all unfinished requests, and those of
+        ``ended``.
         """
         in_flight: Counter[Request] = Counter()
         unknown: Counter[Request] = Counter()

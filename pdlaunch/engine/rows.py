@@ -100,7 +100,6 @@ class RowTable:
         return self._rows[row]
 
     def apply(self, plan: StepPlan) -> None:
-        """Apply the changes of a plan: freed and new rows, new tokens and blocks."""
         # Free rows first: a new request may take one of them in the same step.
         for row in plan.freed_rows:
             del self._rows[row]

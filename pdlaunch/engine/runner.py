@@ -62,11 +62,8 @@ class LaunchedStep:
 
 
 class ModelRunner:
-    """Owns the model and the KV cache of one rank. Not safe for more than one thread.
-
-    ``kv_cache: [num_blocks, *layout.block_shape()]``; every block may be used, none is reserved.
-    ``tp``: None for one rank. Raises ConfigError or UnsupportedModelError when the model, its heads
-    or the KV cache do not fit ``spec``.
+    """Owns the model and the KV cache of one rank. Not safe for more than one thread. Every block
+    of ``kv_cache``, [num_blocks, *layout.block_shape()], may be used.
     """
 
     def __init__(
@@ -78,8 +75,9 @@ class ModelRunner:
         pools: MemoryPools | None = None,
         pinned: Mapping[str, str] | None = None,
     ) -> None:
-        """``pools``: where weights and KV cache are allocated; None opens the pools of ``spec``.
-        ``pinned``: the digests that ``model_files`` must have, if any. Raises ConfigError.
+        """``pools``: where weights and KV cache are allocated; None opens those of ``spec``.
+        ``pinned``: the digests that ``model_files`` must have. Raises ConfigError,
+        UnsupportedModelError.
         """
         self._spec = spec
         self._tp = tp
@@ -245,8 +243,8 @@ class ModelRunner:
 
     def sleep(self, level: int) -> int:
         """Free the memory of weights and KV cache; return the freed bytes. ``level`` 1 keeps the
-        weights in host memory; 2 drops them, and ``wake_up`` reads them again. After a
-        MemoryPoolError, the runner is awake as before.
+        weights in host memory; 2 drops them, and ``wake_up`` reads them again. Raises
+        MemoryPoolError.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
         # True until the weights are read again; waking the KV cache alone does not change this.
@@ -256,9 +254,9 @@ class ModelRunner:
         return num_bytes
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Allocate the memory of ``tags`` again; return the allocated bytes. Raises MemoryPoolError
-        if the device has too little memory, ConfigError if the weights cannot be read or have
-        changed. The weights then still count as asleep.
+        """Allocate the memory of ``tags`` again; return the allocated bytes. Raises
+        MemoryPoolError, or ConfigError if the weights cannot be read or have changed: they then
+        still count as asleep.
         """
         waking = self._pools.sleeping_tags & set(tags)
         num_bytes = self._pools.wake_up(waking) if waking else 0
@@ -320,9 +318,7 @@ def count_kv_blocks(
     spec: EngineSpec, layout: KVCacheLayout, device: torch.device, tp: TPGroup | None
 ) -> int:
     """Return how many blocks fit into the memory for the KV cache; the same on all ranks of ``tp``.
-
-    Without ``kv_cache_memory``, the cache gets the memory that is left beside the weights. Raises
-    ConfigError if not even one block fits.
+    Without ``kv_cache_memory``, it is the memory left beside the weights. Raises ConfigError.
     """
     field, fix = "kv_cache_memory", "Raise it, or choose a smaller block_size."
     cache_bytes = spec.kv_cache_memory
@@ -355,9 +351,8 @@ def left_for_cache(
     *, free_bytes: int, total_bytes: int, own_bytes: int, utilization: float, activation_bytes: int
 ) -> int:
     """Return how many bytes are left for the KV cache of a rank that holds ``own_bytes`` now.
-
-    ``utilization`` is the share of the GPU for this rank alone, as in vLLM. Memory of other
-    processes does not count against this share, but it is not available either.
+    ``utilization`` is this rank's share of the GPU. Memory of other processes does not count
+    against it, but it is not available either.
     """
     budget = total_bytes * utilization - own_bytes
     available = free_bytes - total_bytes * min(_MOST_SPARED, 1 - utilization)
@@ -366,10 +361,8 @@ def left_for_cache(
 
 def warm_up_steps(spec: EngineSpec, num_blocks: int, num_groups: int) -> Iterator[StepPlan]:
     """Yield plans of a short prompt, of decode steps, and on a GPU of the longest prompt and of the
-    second half of a prompt. Each plan needs an empty row table.
-
-    The results are meaningless, because all rows and groups use the same blocks, the first ones.
-    Yields nothing if not even a short prompt fits.
+    second half of a prompt. Each needs an empty row table. The results are meaningless, because all
+    rows and groups use the same blocks.
     """
     block_size = spec.block_size
     longest = min(spec.max_num_batched_tokens, spec.max_model_len - 1, num_blocks * block_size - 1)

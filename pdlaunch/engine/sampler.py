@@ -45,9 +45,8 @@ class DrawnTokens:
     def __init__(
         self, drawn: torch.Tensor, num_tops: list[int | None], logits: torch.Tensor
     ) -> None:
-        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], before biases and penalties.
-
-        ``num_tops``: ``num_top_logprobs`` or ``num_prompt_logprobs`` of each row.
+        """``logits``: [num_rows, vocab_size], before biases and penalties. ``num_tops``:
+        ``num_top_logprobs`` or ``num_prompt_logprobs`` of each row.
         """
         self._vocab_size = logits.shape[-1]
         # [num_rows], input of the next step, which may be launched before the host sees NO_TOKEN:
@@ -75,9 +74,8 @@ def draw_tokens(
     logits: torch.Tensor, rows: list[Row], likeliest: torch.Tensor | None = None
 ) -> DrawnTokens:
     """Draw one token for each row. Does not change ``logits``, [num_rows, vocab_size].
-
-    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, if they are known. On a GPU the
-    host does not wait, unless a row has penalties.
+    ``likeliest``: their ``likeliest_tokens``, if known. On a GPU the host does not wait, unless a
+    row has penalties.
     """
     num_tops = [row.sampling.num_top_logprobs for row in rows]
     if all(row.is_greedy and not row.changes_logits for row in rows):
@@ -221,10 +219,9 @@ def _keep_top_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
 def nucleus_edges(
     probabilities: torch.Tensor, wanted: list[float], num_tokens: int = NUCLEUS_GUESS_TOKENS
 ) -> torch.Tensor:
-    """Return [num_rows, 1], the smallest probability in each nucleus.
-
-    On a CPU it sorts the ``num_tokens`` likeliest first, and more only if a row needs them. On a
-    GPU it sorts all, because the host would have to wait for this check.
+    """Return [num_rows, 1], the smallest probability in each nucleus. A CPU sorts the
+    ``num_tokens`` likeliest first, and more only if a row needs them. A GPU sorts all: the host
+    would have to wait.
     """
     is_whole = probabilities.device.type != "cpu" or num_tokens >= probabilities.shape[-1]
     if is_whole:
@@ -240,12 +237,11 @@ def nucleus_edges(
 
 
 def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return token ids [num_rows], each drawn in proportion to its weight.
-
-    ``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
-    First a group of neighbours is drawn by the sum of its weights, then a token in it. Each group
-    has its own noise, with a number below 0. All groups share the noise of their places, with
-    numbers from 0 on, because a row uses the places of one group only.
+    """Return token ids [num_rows], each drawn in proportion to its weight. ``scaled``: [num_rows,
+    vocab_size] log-weights, the largest 0. First a group of neighbours is drawn by the sum of its
+    weights, then a token in it. Each group has its own noise, with a number below 0. All groups
+    share the noise of their places, with numbers from 0 on, because a row uses the places of one
+    group only.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))

@@ -53,11 +53,9 @@ class _Draft:
 
 
 class Scheduler:
-    """Plans the steps of an engine; lives in rank 0. Not safe for more than one thread.
-
-    The step loop alternates ``schedule`` and ``postprocess``. ``schedule_ahead`` makes a second
-    plan before the first step has ended. Between these calls, the loop passes messages of server
-    and connectors to ``requests``.
+    """Plans the steps of an engine; lives in rank 0. The step loop alternates ``schedule`` and
+    ``postprocess``; ``schedule_ahead`` makes a second plan before the first step has ended. Between
+    these calls, messages of server and connectors are passed to ``requests``.
     """
 
     def __init__(self, requests: RequestLifecycle, max_beside_streams: int | None = None) -> None:
@@ -79,11 +77,10 @@ class Scheduler:
         return self._schedule()
 
     def schedule_ahead(self) -> StepPlan | None:
-        """Plan the step after the one in flight, before the tokens of that one are known.
-
-        Return None if the step in flight must be collected first: if there are prompts to compute
-        (planning is short compared with such a step, and later arrivals can still join it), if
-        blocks are short, or if a request is a suspect or needs its tokens on the host to draw.
+        """Plan the step after the one in flight, before its tokens are known. Return None if that
+        step must be collected first: if there are prompts to compute (planning is short compared
+        with such a step, and later arrivals can still join it), if blocks are short, or if a
+        request is a suspect or needs its tokens on the host to draw.
         """
         assert len(self._batch.steps) == 1
         arrived = self._queues.waiting if self._batch.free_rows else []
@@ -113,10 +110,8 @@ class Scheduler:
         return bool(computes or orders or self.requests.may_progress or self._batch.steps)
 
     def postprocess(self, plan: StepPlan, drawn: Sequence[TokenOutput | None]) -> None:
-        """Account for a step that has run, the oldest in flight.
-
-        ``drawn``: an entry for each scored token, then one for each scheduled row with ``sample``,
-        None where its logits were NaN.
+        """Account for the oldest step in flight, which has run. ``drawn``: an entry for each scored
+        token, then one for each scheduled row with ``sample``, None where its logits were NaN.
         """
         if plan.scheduled:
             num_tokens = sum(item.num_tokens for item in plan.scheduled)
@@ -222,9 +217,8 @@ class Scheduler:
             self._preempt_latest(step)
 
     def _admit(self, request: Request, step: _Draft) -> bool:
-        """Seat a request and schedule its first chunk. Return False if it lacks blocks.
-
-        Return True also if the request has to wait for another request, a later step or a load.
+        """Seat a request and schedule its first chunk. Return False if it lacks blocks, True also
+        if it has to wait for another request, a later step or a load.
         """
         if not step.room(request, request.num_remaining):
             # Later prompts must not go first.
@@ -271,10 +265,9 @@ class Scheduler:
         return True
 
     def _start_pull(self, request: Request) -> bool:
-        """Pull the prompt's blocks that are not cached here. Return False if there is no room.
-
-        The host tier is not used: the prefill engine has all blocks, and a READ of them is faster
-        than a copy from the host (392 against 54 GB/s on an H200).
+        """Pull the prompt's blocks that are not cached here. Return False if there is no room. The
+        host tier is not used: a READ is faster than a copy from the host (392 against 54 GB/s on an
+        H200).
         """
         max_cached = request.num_pulled_tokens // self._block_size if self._caches else 0
         if max_cached and self._transfers.is_pulled(request):
@@ -303,9 +296,8 @@ class Scheduler:
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
     def _is_computed_elsewhere(self, request: Request, hit: PrefixHit, max_shared: int) -> bool:
-        """Return whether this request should wait for blocks that a running request will compute.
-
-        It should if they are at least half of the blocks that it could share but are not cached.
+        """Return whether a running request will compute at least half of the blocks that this
+        request could share but are not cached.
         """
         middle = (hit.end(0) + max_shared) // 2
         if middle >= max_shared:

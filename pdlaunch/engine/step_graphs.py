@@ -79,10 +79,8 @@ class StepGraphs:
 
     def run(self, batch: PackedBatch, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return logits [num_kept, vocab_size] and the likeliest tokens [num_kept] of the rows
-        ``kept``; None if no graph fits.
-
-        The next call overwrites both. Kernels that read them only have to be queued on the stream
-        before that call.
+        ``kept``; None if no graph fits. The next call overwrites both: kernels that read them must
+        be queued before.
         """
         index = bisect_left(self._sizes, batch.num_rows)
         if batch.num_decode_rows < batch.num_rows or index == len(self._sizes):

@@ -206,9 +206,8 @@ class _Question:
 
 
 class PrefillSide:
-    """Answers decode ranks about the leases of one rank. Only the transfer thread uses it.
-
-    Each message except PullEnd gets one answer. Invalid messages are refused and change nothing.
+    """Answers decode ranks about the leases of one rank. Only the transfer thread uses it. Each
+    message except PullEnd gets one answer. Invalid messages are refused and change nothing.
     """
 
     def __init__(
@@ -296,10 +295,8 @@ class PrefillSide:
 
     def _must_wait(self, message: ToPrefillSide) -> bool:
         """Return True if a message is about an unknown lease of this engine, or asks for checksums
-        that are still being computed.
-
-        A lease may be unknown because its grant is late: rank 0 sends the prefill's answer once it
-        has sent the grants, so a decode rank may ask another rank before that rank has its grant.
+        that are not computed. A grant may be late: rank 0 sends the prefill's answer once it has
+        sent the grants, so a decode rank may ask another rank before that rank has its grant.
         """
         if isinstance(message, Handshake | Push) or message.engine_id != self._card.engine_id:
             return False

@@ -69,11 +69,9 @@ def plan_read(
     first_kv_head: int,
     label: str,
 ) -> ReadPlan:
-    """Check that the leased blocks are those of the pull's prompt, and plan their READ. Raises
-    PullFailed.
-
-    ``heads``: global indices of the KV heads to read; ``first_kv_head``: the global index of this
-    rank's first head; ``label``: unique for this prefill rank and reader.
+    """Check that the leased blocks are those of the pull's prompt, and plan their READ. ``heads``:
+    global indices of the KV heads to read; ``label``: unique for this prefill rank and reader.
+    Raises PullFailed.
     """
     _check_prompt(command, lease)
     num_groups = len(command.block_ids)

@@ -197,16 +197,13 @@ class TransferSides:
 
 
 class TransferThread:
-    """Executes the transfer commands of one rank.
-
-    All methods may be called from any thread. Only ``wait_started``, ``suspend``, ``resume``,
-    ``wait_unmapped`` and ``close`` block.
+    """Executes the transfer commands of one rank. All methods may be called from any thread. Only
+    ``wait_started``, ``suspend``, ``resume``, ``wait_unmapped`` and ``close`` block.
     """
 
     def __init__(self, setup: TransferSetup) -> None:
-        """Bind the side channel and start the thread, which opens the connector.
-
-        The caller has set the environment variables of ``KVTransferSettings.environment``.
+        """Bind the side channel and start the thread, which opens the connector. The caller has set
+        the environment variables of ``KVTransferSettings.environment``.
         """
         self._name = setup.identity.name
         self._clock = setup.clock
@@ -264,10 +261,9 @@ class TransferThread:
             raise TransferError(f"the connector cannot start: {self._error}")
 
     def suspend(self, timeout_s: float) -> None:
-        """Wait until no transfer uses the memory, disconnect peers and deregister the memory. While
-        suspended, the rank refuses questions of peers because it is asleep.
-
-        Raises TransferError if a transfer has not ended by ``timeout_s``; the rank stays awake.
+        """Wait until no transfer uses the memory, disconnect peers and deregister the memory. Then
+        the rank refuses questions of peers. Raises TransferError if a transfer has not ended by
+        ``timeout_s``; the rank stays awake.
         """
         done: Future[None] = Future()
         deadline_at = self._clock() + timeout_s

@@ -98,11 +98,9 @@ def read_layout(
     rank: int,
     by_head: bool,
 ) -> VllmLayout:
-    """Return the layout of a worker's KV caches. Raises UnknownLayout.
-
-    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``rank``: counts the ranks of
-    the first pipeline stage first; ``by_head``: divide pages into heads. Whole pages need fewer
-    checksums: an eighth for an 8B model.
+    """Return the layout of a worker's KV caches. ``rank``: counts the ranks of the first pipeline
+    stage first; ``by_head``: divide pages into heads. Whole pages need fewer checksums: an eighth
+    for an 8B model. Raises UnknownLayout.
     """
     groups = [
         [

@@ -152,10 +152,8 @@ class Scheduling:
         has_stopped: bool = False,
     ) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` of a prompt whose blocks stay until their lease ends;
-        None: they are free at once.
-
-        ``is_prefilled``: the request has the one token that it asked for; ``has_stopped``: that
-        token ended the answer.
+        None: they are free at once. ``is_prefilled``: the request has the one token that it asked
+        for; ``has_stopped``: that token ended the answer.
         """
         request_id, remote = request.request_id, self._remote(request)
         if remote is not None:

@@ -98,9 +98,8 @@ class Worker:
         vllm_version: str,
         pools: MemoryPools,
     ) -> None:
-        """Open the connector and send the sidecar a RankUp. Raises TransferError, ConfigError.
-
-        ``pools``: contain the KV cache; plain ``MemoryPools`` if vLLM allocated it.
+        """Open the connector and send the sidecar a RankUp. ``pools``: contain the KV cache; plain
+        ``MemoryPools`` if vLLM allocated it. Raises TransferError, ConfigError.
         """
         self._settings = settings = KVTransferSettings.model_validate_json(setup.kv_transfer)
         self._figures: dict[str, float] = {}  # counts since the last ``take_figures``
@@ -210,9 +209,8 @@ class Worker:
 
     def take(self, *, idle: bool = False) -> Results:
         """Return the events since the last call. Raises TransferError if the transfer thread died.
-
-        ``idle``: vLLM computes nothing in this step and calls again at once, so wait a moment for
-        the transfer thread. Not after ended pulls: vLLM reads them only in the next step.
+        ``idle``: vLLM computes nothing and calls again at once, so wait a moment for the transfer
+        thread. Not after ended pulls: vLLM reads them only in the next step.
         """
         assert self._transfer is not None
         if idle and not self._has_results:

@@ -20,11 +20,9 @@ class KVCacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class KVCacheLayout:
-    """The shape of one rank's KV cache.
-
-    The shape is ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``:
-    blocks first, then heads, so that a block is contiguous, and each head within a block is
-    contiguous.
+    """The shape of one rank's KV cache: ``[num_blocks, num_kv_heads, num_layers_per_block, 2,
+    block_size, head_dim]``. Blocks first, then heads, so that a block is contiguous, and each head
+    within a block is contiguous.
     """
 
     groups: tuple[KVCacheGroup, ...]
@@ -56,11 +54,9 @@ def num_kv_heads_of_rank(num_kv_heads: int, tp_size: int) -> int:
 
 
 def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]:
-    """Divide layers into groups with the same window, full groups first.
-
-    ``layer_windows``: for each layer its sliding window in tokens, or None for full attention. The
-    rarest kind of layer sets the size of all groups. Gemma 3 has 4 full and 22 sliding layers: one
-    full group and six sliding groups, the last with two layers.
+    """Divide layers into groups with the same window, full groups first. The rarest kind of layer
+    sets the size of all groups. Gemma 3 has 4 full and 22 sliding layers: one full group and six
+    sliding groups, the last with two layers.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(layer_windows):
@@ -87,10 +83,9 @@ def longest_prefix(
     max_blocks: int,
     end_of: Callable[[int, int, int], int],
 ) -> int:
-    """Return the length in blocks, at most ``max_blocks``, of the longest available prefix.
-
-    A full group must have all blocks of the prefix, a sliding group those that the next token sees.
-    ``end_of(group, start, limit)``: the group's first gap from ``start`` on, or ``limit``.
+    """Return the length in blocks of the longest available prefix. A full group must have all
+    blocks of the prefix, a sliding group those that the next token sees. ``end_of(group, start,
+    limit)``: the group's first gap from ``start`` on, or ``limit``.
     """
     length, before = max_blocks, -1
     # A shorter prefix moves the windows of all groups, which then need other blocks: repeat until

@@ -323,10 +323,8 @@ class KVCacheManager:
 
     def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
         """Return True if a request that begins with ``hit`` can compute ``num_tokens`` tokens, and
-        leave ``num_reserved`` blocks free.
-
-        Sharing a cached block takes it from the free blocks; sharing an owned block does not. Only
-        blocks taken from the free blocks become free when they leave a sliding window.
+        leave ``num_reserved`` blocks free. Sharing a cached block takes it from the free blocks;
+        sharing an owned block does not.
         """
         num_logical = self.num_logical_blocks(num_tokens)
         num_needed = 0
@@ -373,10 +371,9 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def lease(self, tables: BlockTables, num_tokens: int) -> PrefixHit:
-        """Lease the blocks of a finished request's first ``num_tokens`` tokens; free the others.
-
-        In sliding groups, lease the window of the last of these tokens: a reader that does not have
-        the next token computes the last token again.
+        """Lease the blocks of a finished request's first ``num_tokens`` tokens, in sliding groups
+        the window of the last of these tokens, which a reader without the next token computes
+        again; free the others.
         """
         end = self.num_logical_blocks(num_tokens)
         first = self._first_visible(num_tokens - 1)

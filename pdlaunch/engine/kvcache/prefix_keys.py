@@ -54,9 +54,8 @@ class PrefixKeys:
 
 
 class PrefixChanges:
-    """Collects which prefixes each tier of the cache gains and loses.
-
-    A host block gets the key of the device block from which it was copied.
+    """Collects which prefixes each tier of the cache gains and loses. A host block gets the key of
+    the device block from which it was copied.
     """
 
     def __init__(self) -> None:

@@ -43,9 +43,7 @@ class BatchCopies:
 
     def __init__(self, num_streams: int, load: Callable[[], ctypes.CDLL] = load_library) -> None:
         """``num_streams``: streams that share a batch, so that several copy engines run in
-        parallel; one engine runs one copy at a time.
-
-        Raises DriverError if the driver is missing or too old.
+        parallel; one engine runs one copy at a time. Raises DriverError.
         """
         library = load()
         # CUDA 13 removed an argument, the index of the failed copy.

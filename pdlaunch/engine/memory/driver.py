@@ -31,18 +31,14 @@ _LAZY_ENABLE_PEER_ACCESS = 1  # the only flag of cuIpcOpenMemHandle
 
 
 class CudaMemoryDriver:
-    """Manages the memory of one device. The device's primary context must be current in each thread
-    that calls a method. Every method may raise DriverRefused. Addresses and sizes are in bytes.
-
-    Memory can be exported: as a fabric handle if this process may create them (there is an IMEX
-    channel), else as a POSIX file descriptor. It supports RDMA if the device does.
+    """Manages the memory of one device, whose primary context must be current in each thread that
+    calls a method. Every method may raise DriverRefused. Memory can be exported: as a fabric handle
+    if this process may create them (there is an IMEX channel), else as a POSIX file descriptor. It
+    supports RDMA if the device does.
     """
 
     def __init__(self, device_index: int, bindings: Any = None) -> None:
-        """``bindings``: None for ``cuda.bindings.driver``.
-
-        Raises ConfigError without cuda.bindings, DriverRefused if the device cannot map memory.
-        """
+        """Raises ConfigError without cuda.bindings, DriverRefused if a device maps no memory."""
         self._driver: Any = bindings or _import_bindings()
         self._device = self._call("cuDeviceGet", device_index)
         self._location = self._driver.CUmemLocation()
@@ -96,7 +92,6 @@ class CudaMemoryDriver:
         self._call("cuCtxSynchronize")
 
     def allocate_host(self, num_bytes: int) -> mmap.mmap:
-        """Allocate page-locked host memory."""
         try:
             memory = map_pages(num_bytes)
         except OSError as error:

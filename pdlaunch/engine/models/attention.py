@@ -86,9 +86,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """The tokens of a step, row after row. Decode rows, which have one token, come first.
-
-    ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|``: three decode rows, then two chunks of prompts.
+    """The tokens of a step, row after row. Decode rows, which have one token, come first:
+    ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|`` are three decode rows, then two chunks of prompts.
     """
 
     token_ids: IntArray  # [num_tokens]
@@ -108,9 +107,8 @@ class PackedBatch:
 
 
 class Decoder:
-    """Computes logits of packed tokens over the paged KV cache with the model's own code.
-
-    CUDA graphs can replay it, because no supported model waits for the device or branches on values
+    """Computes logits of packed tokens over the paged KV cache with the model's own code. CUDA
+    graphs can replay it, because no supported model waits for the device or branches on values
     there.
     """
 
@@ -124,10 +122,7 @@ class Decoder:
         kept: torch.Tensor | None,
         step: AttentionStep,
     ) -> torch.Tensor:
-        """Return the logits of the tokens with indices ``kept``, [len(kept), vocab_size].
-
-        ``token_ids``, ``positions``: [num_tokens]. ``kept``: None for all tokens.
-        """
+        """Return [len(kept), vocab_size], the logits of the tokens ``kept``; None: of all."""
         output = self._model(
             input_ids=token_ids[None],
             position_ids=positions[None],

@@ -34,9 +34,8 @@ LARGE_FILE_BYTES = 1024**3  # from this size on, write bfloat16; for smaller fil
 def ensure_converted(
     model: str, progress: ReportProgress, *, convert: Converter | None = None
 ) -> Path:
-    """Return the directory of ``model``. Convert it first if it is not in the cache.
-
-    Raises ConfigError.
+    """Return the directory of ``model``, converted first if it is not in the cache. Raises
+    ConfigError.
     """
     resolved = resolve_model(model)
     if resolved.ready:
@@ -64,9 +63,7 @@ def _convert_into_place(
 
 def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of
-    ``source`` into ``target``.
-
-    Raises ConfigError for any fault of the file.
+    ``source`` into ``target``. Raises ConfigError.
     """
     check_gguf(source)
     progress("loading libraries", 0.0)
@@ -120,12 +117,9 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
 
 @contextmanager
 def _reading_once() -> Iterator[None]:
-    """Cache the file's header and the table of names in the module ``gguf``. Raises ImportError if
-    gguf is not installed.
-
-    Otherwise transformers would parse the header three times, for the configuration, the tokenizer
-    and the weights, and make the table of names for each module of the model: 20 of 31 s of CPU
-    time for the demo model.
+    """Cache the file's header and the table of names in the module ``gguf``. Otherwise transformers
+    would parse the header three times, and make the table of names for each module of the model: 20
+    of 31 s of CPU time for the demo model.
     """
     import gguf
     import numpy

@@ -25,9 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """Return the number of tokens in a split. Splits are equal parts of ``span``, in whole tiles.
-
-    There are at most NUM_SPLITS splits, each with at least MIN_SPLIT tokens.
+    """Return the number of tokens in a split. Splits are equal parts of ``span``, in whole tiles;
+    at most NUM_SPLITS, each with at least MIN_SPLIT tokens.
     """
     num_splits = tl.minimum(tl.maximum(span // MIN_SPLIT, 1), NUM_SPLITS)
     share = (span + num_splits - 1) // num_splits
@@ -66,11 +65,9 @@ def attend_decode(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Attend over one split of one row's context, for the GROUP query heads of one KV head.
-
-    The query is the row's last token. ``tables``: [.., table_stride] int32; the tables of this
-    group begin at row ``table_row``. Grid: rows, KV heads, splits. Splits that a row does not need
-    write nothing.
+    """Attend over one split of one row's context, for the GROUP query heads of one KV head. The
+    query is the row's last token. ``tables``: [.., table_stride] int32, of this group from row
+    ``table_row`` on. Grid: rows, KV heads, splits. Splits that a row does not need write nothing.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -301,10 +298,9 @@ def add_and_normalize(
     NORMALIZES_HIDDEN: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
 ):
-    """Add ``hidden`` to ``residual`` if ADDS, then write its RMS norm into ``result``.
-
-    All are [num_tokens, SIZE]. Grid: tokens. NORMALIZES_HIDDEN: add the RMS norm of ``hidden``,
-    with weights ``hidden_weights``. NORM_OFFSET is added to all weights.
+    """Add ``hidden`` to ``residual`` if ADDS, then write its RMS norm into ``result``; all are
+    [num_tokens, SIZE]. Grid: tokens. NORMALIZES_HIDDEN: add the RMS norm of ``hidden``, with
+    weights ``hidden_weights``. NORM_OFFSET is added to all weights.
     """
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
     mask = tl.arange(0, PADDED_SIZE) < SIZE
@@ -336,10 +332,9 @@ def add_and_normalize(
 def multiply_gated(
     gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr
 ):
-    """Compute ``silu(gate) * up``, [num_tokens, SIZE], from [num_tokens, 2 * SIZE].
-
-    Grid: tokens; tiles of COLUMNS columns. IS_GELU: use GELU's tanh approximation instead of SiLU,
-    with 0.5 * (1 + tanh(x)) = sigmoid(2 * x).
+    """Compute ``silu(gate) * up``, [num_tokens, SIZE], from [num_tokens, 2 * SIZE]. Grid: tokens;
+    tiles of COLUMNS columns. IS_GELU: use GELU's tanh approximation, with 0.5 * (1 + tanh(x)) =
+    sigmoid(2 * x).
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -32,10 +32,8 @@ DUMMY_STD = 0.02
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
     """Loads the causal language model of one rank, and reloads it after its weights are lost.
-
-    ``shape``: from ``read_model_shape``, which refuses unsupported models. ``dummy``: use random
-    weights and read only config.json. Both methods raise ConfigError if the checkpoint does not fit
-    the configuration, or if the number of ranks does not divide the number of heads.
+    ``dummy``: use random weights and read only config.json. Both methods raise ConfigError if the
+    checkpoint does not fit the configuration, or if the number of ranks does not divide the heads.
     """
 
     model_dir: Path

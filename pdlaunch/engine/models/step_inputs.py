@@ -39,9 +39,8 @@ class StepTensors:
 def upload_int32(
     arrays: Mapping[str, IntArray | list[IntArray]], device: torch.device
 ) -> dict[str, Any]:
-    """Return flat int32 copies of ``arrays`` on ``device``, and a list of copies for each list.
-
-    There is one transfer for all, and the host does not wait for it.
+    """Return flat int32 copies of ``arrays`` on ``device``, and a list of copies for each list, in
+    one transfer for which the host does not wait.
     """
     lists = {name: each if isinstance(each, list) else [each] for name, each in arrays.items()}
     host = _host_buffer(
@@ -147,10 +146,6 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """Allocate a host buffer, pinned if the device is a GPU.
-
-    Torch reuses pinned memory only after the queued copies from it have ended.
-    """
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 

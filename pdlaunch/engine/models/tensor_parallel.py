@@ -37,12 +37,10 @@ class TPGroup:
         *,
         timeout_s: float = RENDEZVOUS_TIMEOUT_S,
     ) -> None:
-        """Wait for the other ranks at ``rendezvous``, a ``file://`` URL of a new path.
-
-        A file store opens no port, and the group's sockets are bound to loopback, unless
-        GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name another interface. ``device``: ``cpu``, or
-        this rank's ``cuda:N``. ``timeout_s`` also limits every collective. Raises StartupError if
-        the other ranks do not arrive.
+        """Wait for the other ranks at ``rendezvous``, a ``file://`` URL of a new path. A file store
+        opens no port, and the group's sockets are bound to loopback, unless GLOO_SOCKET_IFNAME or
+        NCCL_SOCKET_IFNAME name another interface. ``timeout_s`` also limits every collective.
+        Raises StartupError.
         """
         self.tp_rank = tp_rank
         self.tp_size = tp_size
@@ -105,7 +103,6 @@ class Shard:
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raise ConfigError if ``tp_size`` does not divide the heads or the intermediate size."""
         shape, size = self.shape, self.tp_size
         # Several ranks may share a KV head.
         is_shared = size % shape.num_kv_heads == 0
@@ -165,11 +162,9 @@ class RowwiseLinear(nn.Module):
 def plan_cuts(
     model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard
 ) -> dict[str, tuple[int, slice]]:
-    """Return the parameters of ``model`` that are cut: name -> (dimension, this rank's part).
-
-    ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
-    Raises UnsupportedModelError if there is no plan, or if it cuts anything but linear layers and
-    embeddings.
+    """Return the parameters that are cut: name -> (dimension, this rank's part). ``plan``:
+    ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``. Raises
+    UnsupportedModelError if there is none, or if it cuts anything but linear layers and embeddings.
     """
     if not plan:
         raise UnsupportedModelError(

@@ -96,10 +96,8 @@ class TorchAttention(AttentionBackend):
     def _make_buckets(
         self, group: KVCacheGroup, table: IntArray, batch: PackedBatch
     ) -> Iterator[_Part]:
-        """Divide decode rows into buckets, the longest rows first.
-
-        A row shorter than half of the bucket's longest row begins a new bucket, so padding at most
-        doubles the length.
+        """Divide decode rows into buckets, the longest rows first. A row shorter than half of the
+        longest begins a new bucket, so padding at most doubles the length.
         """
         size, window = self.layout.block_size, group.sliding_window
         lengths = batch.context_lengths[: batch.num_decode_rows]
@@ -159,8 +157,8 @@ class TorchAttention(AttentionBackend):
     def _blocks_in_sight(
         self, window: int | None, positions: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """Return the first block that a query at ``positions`` sees, and the number of blocks from
-        there to ``lengths``.
+        """Return the first block that a query at ``positions`` sees, and how many follow to
+        ``lengths``.
         """
         size = self.layout.block_size
         first = np.zeros_like(positions)
@@ -175,10 +173,7 @@ class TorchAttention(AttentionBackend):
         return rows * self.layout.num_layers_per_block * 2
 
     def _gather_index(self, blocks: IntArray) -> torch.Tensor:
-        """Return the indices of all keys, then of all values, each by row, head and block.
-
-        ``blocks``: [num_rows, num_blocks].
-        """
+        """Return the indices of all keys, then of all values, each by row, head and block."""
         keys = self._head_rows(blocks).transpose(0, 2, 1).reshape(-1)
         return self._tensor(np.concatenate([keys, keys + 1]))
 
@@ -237,10 +232,8 @@ class _TorchStep(AttentionStep):
         values: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attend for the part's tokens. Return [num_tokens, num_heads, head_dim].
-
-        ``query``: [num_heads, num_tokens, head_dim]. ``keys``, ``values``: [num_rows, H, .., D] if
-        gathered, else the chunk's own, [H, .., D].
+        """Return [num_tokens, num_heads, head_dim] of the part's tokens. ``keys``, ``values``:
+        [num_rows, H, .., D] if gathered, else the chunk's own, [H, .., D].
         """
         num_heads, _, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
@@ -263,10 +256,7 @@ def _attend_contiguous(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attend over contiguous keys and values.
-
-    ``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None: causal.
-    """
+    """Attend over contiguous ``keys`` and ``values``, [.., num_keys, D]. ``mask`` None: causal."""
     return scaled_dot_product_attention(
         query,
         keys.expand(*query.shape[:-2], -1, -1),

@@ -67,10 +67,8 @@ def attend_whole_prompts(
 
 
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Return the causal attention of one prompt: [num_tokens, num_heads, D].
-
-    ``heads``: [num_tokens, num_heads + 2 * H, D], queries, keys, values. The layout is always the
-    same, because a plan of cuDNN is for certain strides.
+    """Return the causal attention of one prompt, [num_tokens, num_heads, D]. ``heads``: queries,
+    keys, values, always in this layout, because a plan of cuDNN is for certain strides.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     query, key, value = torch.split(
@@ -168,10 +166,7 @@ class _Heads:
 
 
 class TritonAttention(AttentionBackend):
-    """Prepares steps on a CUDA device; ``TritonStep`` runs them.
-
-    ``kv_cache``: of the shape in ``layout``, contiguous, in the model's dtype.
-    """
+    """Prepares steps on a CUDA device; ``TritonStep`` runs them. ``kv_cache`` is contiguous."""
 
     reads_only_context = True
 
@@ -278,10 +273,8 @@ class TritonAttention(AttentionBackend):
 
 def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
     """Return the largest number of splits of a row, a power of two, and the fewest tokens of a
-    split.
-
-    A few rows get many splits. If the rows fill the device, only long rows are split. Neither
-    number depends on the lengths, because a CUDA graph fixes both.
+    split. A few rows get many splits. Neither number depends on the lengths, because a CUDA graph
+    fixes both.
     """
     wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
     min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
@@ -316,11 +309,9 @@ class TritonStep(AttentionStep):
         scaling: float,
         norms: tuple[Norm, Norm] | None = None,
     ) -> torch.Tensor:
-        """Like ``attend``, but normalize and rotate queries and keys first.
-
-        ``projected``: [num_tokens, (num_heads + 2 * H) * D], queries, keys, values; overwritten.
-        ``rotary``: cosines and sines, each [num_tokens, D]; None: no rotation. ``norms``: for
-        queries and keys.
+        """Like ``attend``, but normalize (``norms``: for queries and keys) and rotate (``rotary``:
+        cosines and sines, each [num_tokens, D]) queries and keys first. ``projected``: [num_tokens,
+        (num_heads + 2 * H) * D], queries, keys, values; overwritten.
         """
         layout, place = self._backend.layout, self._backend.layers[layer]
         heads = projected.view(len(projected), -1, layout.head_dim)
@@ -385,7 +376,6 @@ class TritonStep(AttentionStep):
         return result
 
     def _attend_decode(self, heads: _Heads, num_rows: int, result: torch.Tensor) -> None:
-        """Attend for the decode rows."""
         query, layer, layout = heads.query, heads.layer, self._backend.layout
         _, num_heads, head_dim = query.shape
         num_splits, min_split = split_contexts(num_rows, layout.num_kv_heads)

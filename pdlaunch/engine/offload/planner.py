@@ -33,9 +33,8 @@ class BlockKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OffloadJob:
-    """Describes one transfer. All ranks get the same job, and each copies its own heads.
-
-    Block i is copied between ``block_ids[i]`` and ``host_ids[i]``.
+    """Describes one transfer, between ``block_ids[i]`` and ``host_ids[i]``. All ranks get the same
+    job, and each copies its own heads.
     """
 
     job_id: int
@@ -107,8 +106,8 @@ class HostTier:
         return host_id if host_id is not None and self._blocks[host_id].is_resident else None
 
     def begin_store(self, key: BlockKey) -> int | None:
-        """Return a host block to write to until ``finish_store``. Return None if the content is
-        there or is being stored, or if all blocks are in use by copies.
+        """Return a host block to write to until ``finish_store``; None if the content is there or
+        is being stored, or if copies use all blocks.
         """
         if key in self._by_key:
             return None

@@ -54,12 +54,10 @@ def unregister_pages(address: int) -> None:
 
 
 class HostMemory:
-    """Allocates ``num_blocks`` host blocks of ``block_bytes``, each at the beginning of a page.
-
-    To pin the memory, several threads touch anonymous memory in huge pages, and then CUDA registers
-    it. This takes 0.1 s for each GiB on an H200's host. The driver's allocator took 0.37 s, and
-    scattered copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError if the machine
-    has too little memory or refuses to pin it.
+    """Allocates host blocks, each at the beginning of a page. To pin them, several threads touch
+    memory in huge pages, and then CUDA registers it: 0.1 s for each GiB on an H200's host, where
+    the driver's allocator took 0.37 s and scattered copies of 4 KiB were slower. Raises
+    ConfigError.
     """
 
     def __init__(
@@ -230,13 +228,10 @@ class CopyQueue:
 
 
 class OffloadWorker:
-    """Owns the host memory of one rank, and copies blocks between it and the rank's KV cache. Only
-    one thread may call the methods.
-
-    ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
-    shared by all groups; outlives the worker. ``device_hasher``: computes checksums on a GPU.
-    ``wake`` may be called from any thread, if ``take_finished`` may have a job. Raises ConfigError
-    if ``host_memory_bytes`` is smaller than a block or cannot be allocated.
+    """Owns the host memory of one rank, and copies blocks between it and ``kv_cache``, [num_blocks,
+    num_kv_heads, num_layers, 2, block_size, head_dim], which outlives the worker. Only one thread
+    may call the methods. ``device_hasher``: computes checksums on a GPU. ``wake`` may be called
+    from any thread, if ``take_finished`` may have a job. Raises ConfigError.
     """
 
     def __init__(

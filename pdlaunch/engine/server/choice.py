@@ -147,7 +147,6 @@ class Choice:
         is_echo_sent: bool = False,
     ) -> None:
         """``continues_elsewhere``: another engine continues, and emits the text held back here.
-
         ``echo``: the prompt's text, which comes first in the answer.
         """
         self.index = index
@@ -221,9 +220,8 @@ class Choice:
 
     def resume(self, tokens: Sequence[TokenOutput], *, sent: bool) -> Delta | None:
         """Add tokens that another engine has drawn; return the output that the client lacks.
-
-        ``sent``: the client has the output of these tokens, and also the end of the choice if the
-        last token has a ``finish_reason``.
+        ``sent``: the client has the output of these tokens, and the end if the last token has a
+        ``finish_reason``.
         """
         sampling, told = self.request.sampling, tokens[-1].finish_reason
         self.request.output = list(tokens)

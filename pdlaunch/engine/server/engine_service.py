@@ -53,9 +53,8 @@ MAX_NEW_GRAMMARS = 64
 def _read_query(
     query: MultiMapping[str], known: dict[str, tuple[str, ...]]
 ) -> dict[str, list[str]]:
-    """Return the values of each parameter, which may be repeated or have commas between values.
-
-    ``known``: the allowed values of each parameter. Raises RequestError for others.
+    """Return the values of each parameter, which may be repeated or joined by commas. ``known``:
+    their allowed values. Raises RequestError for others.
     """
     found: dict[str, list[str]] = {name: [] for name in known}
     for name, text in query.items():
@@ -71,9 +70,8 @@ def _read_query(
 
 
 class SleepDesk:
-    """Puts the engine to sleep and wakes it up, one call at a time.
-
-    ``announce`` reports the state to the supervisor, whose registry keeps routers away.
+    """Puts the engine to sleep and wakes it up, one call at a time. ``announce`` reports the state
+    to the supervisor, whose registry keeps routers away.
     """
 
     def __init__(
@@ -112,10 +110,8 @@ class SleepDesk:
 
     async def fall_asleep(self, query: MultiMapping[str]) -> dict[str, Any]:
         """Handle ``level=1|2`` (1 keeps the weights in host memory, 2 reads them again later) and
-        ``mode=wait|refuse``; return once the engine is asleep.
-
-        Raises RequestError: 400 without sleep mode, 409 if the engine is busy (after the time-out,
-        if the caller waits).
+        ``mode=wait|refuse``. Raises RequestError: 400 without sleep mode, 409 if the engine is
+        busy.
         """
         found = _read_query(query, {"level": ("1", "2"), "mode": ("wait", "refuse")})
         level, waits = int((found["level"] or ["1"])[-1]), "refuse" not in found["mode"]
@@ -250,10 +246,7 @@ class EngineService:
 
     @contextlib.contextmanager
     def admit_grammar(self, grammar: str) -> Iterator[None]:
-        """Count a grammar while rank 0 may have to compile it, once for all requests with it.
-
-        Raises OverloadedError (429).
-        """
+        """Count a grammar while rank 0 may have to compile it, once for all requests with it."""
         if grammar not in self._new_grammars and len(self._new_grammars) >= MAX_NEW_GRAMMARS:
             raise OverloadedError(
                 f"{MAX_NEW_GRAMMARS} grammars of other requests wait to be compiled",
@@ -309,7 +302,6 @@ class EngineService:
                 self.kv_feed.publish(message)
 
     def remember_lease(self, hop_id: HopId, request_id: RequestId) -> None:
-        """Remember a lease by both ids. Forget the oldest leases, which have expired by then."""
         for key in (hop_id, request_id):
             self.leases[key] = request_id
             self.leases.move_to_end(key)
@@ -376,9 +368,8 @@ def _counters(stats: EngineStats) -> Iterator[Shown]:
 
 
 class ServerMetrics(Collector):
-    """Holds all metrics of an engine's server, in ``registry``; ``stats`` are the last of rank 0.
-
-    Totals restart from 0 with each rank incarnation, which Prometheus allows.
+    """Holds all metrics of an engine's server; ``stats`` are the last of rank 0. Totals restart
+    from 0 with each rank incarnation, which Prometheus allows.
     """
 
     def __init__(

@@ -157,9 +157,8 @@ async def _answer(
 async def _stream(
     http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
 ) -> tuple[web.StreamResponse, bool]:
-    """Write server-sent events; return False with the response if the stream failed.
-
-    Raises RequestError before the first event; later errors are events.
+    """Write server-sent events; return False with the response if the stream failed. Raises
+    RequestError before the first event; later errors are events.
     """
     stream = ClientStream(http, headers)
     try:

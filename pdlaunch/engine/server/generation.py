@@ -70,10 +70,8 @@ class Generation:
         grammar: str = "",
         on_events: Callable[[], None] = lambda: None,
     ) -> None:
-        """Split a request into choices. Raises RequestError.
-
-        ``has_peers``: the engine exchanges KV blocks with others. ``grammar``: of the answers.
-        ``on_events``: called each time that events of rank 0 arrive.
+        """Split a request into choices. Raises RequestError. ``has_peers``: the engine exchanges KV
+        blocks with others. ``on_events``: called each time that events of rank 0 arrive.
         """
         self.call = call
         self.request = request
@@ -155,9 +153,8 @@ class Generation:
 
     async def deltas(self, clock: RequestClock) -> AsyncIterator[list[Delta]]:
         """Yield new output until every choice has ended; each list holds all that has arrived.
-
-        ``clock`` counts new tokens. Raises OverloadedError (503) if the rank is lost, RequestError
-        (500) if a choice fails; the caller must then call ``abort``.
+        Raises OverloadedError (503) if the rank is lost, RequestError (500) if a choice fails; the
+        caller must then call ``abort``.
         """
         if self._known:
             yield self._known
@@ -173,7 +170,6 @@ class Generation:
                 yield deltas
 
     def abort(self) -> None:
-        """Abort the choices that still run. Safe to call at any time."""
         for request_id in self._running:
             self._link.abort(request_id)
         self._running = {}
@@ -183,11 +179,9 @@ class Generation:
         self._link.abort(self.choices[0].request.request_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """Return the ``kv_transfer_params`` of a finished remote prefill.
-
-        None when every choice ended with its first token; then the lease ends too. Without leased
-        blocks the decode engine gets the first tokens alone and computes the prompt itself.
-        ``deltas``: the first token of each choice.
+        """Return the ``kv_transfer_params`` of a finished remote prefill; None when every choice
+        ended with its first token. Without leased blocks the decode engine gets the first tokens
+        alone and computes the prompt itself. ``deltas``: the first token of each choice.
         """
         num_open = sum(choice.finish_reason != "stop" for choice in self.choices)
         if num_open == 0:

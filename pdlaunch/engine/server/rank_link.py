@@ -28,10 +28,8 @@ Sink = Callable[[RankEvent], None]
 
 
 class RankLink:
-    """Sends requests to rank 0 and passes its events to their sinks. Each submitted request ends
-    with one RequestFinished, or with None, unless it is aborted.
-
-    For use in the event loop that created it. Each incarnation of the rank gets a new link.
+    """Sends requests to one incarnation of rank 0 and passes its events to their sinks. Each
+    submitted request ends with one RequestFinished, or with None, unless it is aborted.
     """
 
     def __init__(

@@ -85,10 +85,9 @@ class ServedModel:
             raise RequestError(message, param=param)
 
     def output_limit(self, request: GenerationRequest, num_prompt_tokens: int, param: str) -> int:
-        """Return the limit of output tokens of a choice. Raises RequestError if it is too large.
-
-        Without a limit in the request, it is the rest of the context; for completions at most 16,
-        as with OpenAI, for chats at most the model's own default.
+        """Return the limit of output tokens of a choice. Without a limit in the request, it is the
+        rest of the context; for completions at most 16, as with OpenAI, for chats at most the
+        model's own default. Raises RequestError.
         """
         wanted, remaining = request.token_limit, self.max_model_len - num_prompt_tokens
         if num_prompt_tokens == 0:

@@ -126,9 +126,8 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int,
     ) -> str:
-        """Return the prompt's text, of at most ``max_chars`` characters. Raises RequestError.
-
-        ``variables``: chat_template_kwargs of the request.
+        """Return the prompt's text, of at most ``max_chars`` characters. ``variables``:
+        chat_template_kwargs of the request. Raises RequestError.
         """
         for name in _OWN_NAMES & (variables or {}).keys():
             message = f"{name} must be set in its own field of the request"

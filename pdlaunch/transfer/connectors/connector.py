@@ -86,21 +86,18 @@ class Connection(ABC):
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
-        """Start to read at least one block and head. Raises TransferError. Until ``poll`` returns
-        done or failed, the READ may write to the local blocks.
-
-        It may block while bytes are copied, but must not wait for an answer of the peer: this
-        thread also answers that peer's questions, so two ranks would wait for each other for good.
+        """Start to read at least one block and head. Until ``poll`` returns done or failed, it may
+        write to the local blocks. It must not wait for an answer of the peer: this thread also
+        answers that peer's questions, so two ranks would wait for each other for good. Raises
+        TransferError.
         """
 
     @abstractmethod
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        """Start to read the beginning of the peer's scratch into ``landing``, [num_bytes] uint8.
-        The caller keeps ``landing`` alive until the READ has ended. Raises TransferError.
-
-        If a connector copies piece by piece, it reads pieces of ``piece_bytes``, the last piece
-        first. In this order it cannot merge neighbours, just as it cannot merge the scattered
-        blocks of a prompt, so the speed is that of a READ of blocks.
+        """Start to read the beginning of the peer's scratch into ``landing``, [num_bytes] uint8,
+        which the caller keeps until the READ has ended. Raises TransferError. A connector that
+        copies pieces reads pieces of ``piece_bytes``, the last first: then it cannot merge
+        neighbours, so the speed is that of a READ of scattered blocks.
         """
 
     def named(self, path: str) -> str:
@@ -132,10 +129,8 @@ class Connector(ABC):
 
     @abstractmethod
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
-        """Prepare READs from a peer. Raises TransferError.
-
-        Returns the paths to the peer, the preferred path first, each with a connection or an error.
-        The handshake tries all paths and uses one of them; the caller closes all together.
+        """Prepare READs from a peer. Return the paths to it, the preferred path first, each with a
+        connection or an error; the handshake tries all and uses one. Raises TransferError.
         """
 
     def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:

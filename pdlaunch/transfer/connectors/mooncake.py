@@ -113,9 +113,8 @@ class MooncakeConnector(PushingConnector):
 
     def _settle(self, writer: str, error: str) -> ReadState:
         """Return the state of a READ whose write has ended. After a failed write, the kernel may
-        still hold bytes that this process's engine will write to the target, so the READ is pending
-        until these bytes are gone. ``writer``: the address of the writing host. Another host's
-        kernel cannot send anything once its connections have ended.
+        still hold bytes for the target: the READ is pending until they are gone. ``writer``: the
+        writing host. Another host's kernel cannot send anything once its connections have ended.
         """
         if not error:
             return "done"

@@ -63,12 +63,10 @@ def load_nixl() -> tuple[Any, Any]:
 
 
 def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
-    """Make an agent like ``nixl_agent`` does; it listens only if UCX_TLS names a network.
-
-    With error handling, UCX needs a transport that listens on TCP, and there accepts writes to any
-    address from any process. If UCX_TLS names only local transports, error handling is off: UCX
-    does not listen, and does not notice a peer's death. If UCX_TLS names a network transport, the
-    user trusts that network, and error handling is on.
+    """Make an agent like ``nixl_agent`` does; it listens only if UCX_TLS names a network. With
+    error handling, UCX needs a transport that listens on TCP, and there accepts writes to any
+    address from any process. So it is on only if UCX_TLS names a network transport, which the user
+    trusts; otherwise UCX does not notice a peer's death.
     """
     # Make the wrapper without a backend and replace its agent below, because the progress thread of
     # the wrapper's own agent never sleeps.
@@ -87,9 +85,7 @@ def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
 
 class NixlConnector(Connector):
     """Reads with one NIXL agent. ``open`` loads the library; the caller has set the variables of
-    ``NixlSpec.environment``.
-
-    The exceptions of the bindings become TransferErrors here.
+    ``NixlSpec.environment``. The exceptions of the bindings become TransferErrors here.
     """
 
     name = "nixl"

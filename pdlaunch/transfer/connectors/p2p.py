@@ -138,10 +138,8 @@ class FdServer:
 def fetch_fds(
     address: str, token: bytes, num_fds: int, timeout_s: float = TIMEOUT_S
 ) -> tuple[list[int], socket.socket]:
-    """Ask an owner for its descriptors. The caller maps them and may then close them, but keeps the
-    socket open while it uses the memory.
-
-    Raises TransferError; then nothing is open.
+    """Ask an owner for its descriptors. The caller maps and may then close them, but keeps the
+    socket open while it uses the memory. Raises TransferError; then nothing is open.
     """
     connection = _new_socket()
     try:

@@ -90,10 +90,8 @@ def try_paths(
     clock: Callable[[], float],
     timeout_s: float,
 ) -> Generator[None, None, list[PathFigure]]:
-    """Try all paths to one peer. Yields while a READ is pending.
-
-    ``timeout_s`` is for all paths together. A READ that times out, or is pending when the generator
-    is closed, is not released here: the caller must release it after its end.
+    """Try all paths to one peer in ``timeout_s``. Yields while a READ is pending. A READ that times
+    out, or is pending when the generator is closed, must be released by the caller after its end.
     """
     figures: list[PathFigure] = []
     # A path that hangs must leave time for the other paths. A single path ends with the

@@ -79,8 +79,7 @@ class KVHasher:
 
     def start(self, blocks: BlockIds, heads: slice) -> Checksums:
         """Start the checksums of each group's blocks: compute them on the CPU, or launch a kernel
-        on CUDA. All writes to the blocks must have ended, on the device too, because the kernel
-        does not wait for other streams.
+        on CUDA, which does not wait for other streams: all writes to the blocks must have ended.
         """
         first, end, _ = heads.indices(self._kv.num_heads)
         if self._uses_kernel:
