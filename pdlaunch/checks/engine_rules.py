@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context, vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, differing_place, error, info, warning
+from pdlaunch.config.field_types import NATIVE_ALONE
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
     KV_EVENTS,
@@ -157,7 +158,7 @@ def _versions_differ(context: Context) -> Iterator[Found]:
 
 
 def _ignored_settings(context: Context) -> Iterator[Found]:
-    native_alone = [name for name, setting in all_settings().items() if setting.is_native_alone]
+    native_alone = [path for path, it in all_settings().items() if NATIVE_ALONE in it.info.metadata]
     for each in vllm_engines(context):
         for name in native_alone:
             for path in filter(context.given, dict.fromkeys((name, f"{each.role}.{name}"))):

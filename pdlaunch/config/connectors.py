@@ -62,10 +62,8 @@ class ConnectorSettings(FrozenModel):
 
     @property
     def opens_data_ports(self) -> bool:
-        """Return True if ranks open unauthenticated ports to peers on other hosts.
-
-        Ranks may open such ports only if ``kv_transfer.trusted_network`` is set. A connector whose
-        library opens ports has to override this property.
+        """Return True if ranks open unauthenticated ports to peers on other hosts, which only
+        ``kv_transfer.trusted_network`` permits.
         """
         return False
 
@@ -81,9 +79,8 @@ class ConnectorSettings(FrozenModel):
 
     @property
     def opens_device_memory(self) -> bool:
-        """Return True if a library may open GPU memory of ranks, such as UCX with CUDA IPC.
-
-        The speed of its READs then depends on how the memory was allocated.
+        """Return True if a library may open GPU memory of ranks, such as UCX with CUDA IPC. The
+        speed of its READs then depends on how the memory was allocated.
         """
         return True
 
@@ -219,11 +216,8 @@ class VllmNixlSettings(ConnectorSettings):
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
-        """Return the variables for UCX. They include UCX_TLS only if ``network`` is given.
-
-        On a single host UCX_TLS stays unset, because vLLM's connector needs TCP there.
-        """
         if network is None:
+            # UCX_TLS stays unset, because vLLM's connector needs TCP.
             return _with_defaults(environ, _PRINT_READS)
         return NixlSettings().environment(environ, device, network)
 
@@ -245,16 +239,8 @@ class ConnectorImportError(ConfigError):
     """A connector's package cannot be imported, or its entry point names something else."""
 
 
-def connector_names() -> list[str]:
-    """Return the names of all installed connectors, without importing them."""
-    return list(dict.fromkeys([*BUILT_IN, *_others()]))
-
-
 def connector_settings(name: str) -> type[ConnectorSettings]:
-    """Import and return the settings class of a connector in ``connector_names``.
-
-    Raises ConnectorImportError if the import fails, whatever the package raises.
-    """
+    """Import and return the settings class of a connector. Raises ConnectorImportError."""
     # Built-in connectors first: another package's `nixl` must not silently replace pdlaunch's.
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -266,12 +252,10 @@ def connector_settings(name: str) -> type[ConnectorSettings]:
 
 def check_connector_name(value: str) -> str:
     """Return ``value`` if a connector of this name is installed. Raises errors for pydantic."""
-    if value not in (names := connector_names()):
+    names = dict.fromkeys([*BUILT_IN, *_others()])
+    if value not in names:
         raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
-    try:
-        connector_settings(value)
-    except ConnectorImportError as error:
-        raise ValueError(str(error)) from None
+    connector_settings(value)
     return value
 
 

@@ -113,7 +113,6 @@ class EngineSettings(FrozenModel):
 
     @property
     def ranks_per_node(self) -> int:
-        """Return the ranks of an engine that run on each of its hosts."""
         return max(1, self.ranks_of_copy * self.data_parallel_size // self.nnodes)
 
 

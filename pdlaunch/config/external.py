@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pdlaunch.config.field_types import FrozenModel, read_list
+from pdlaunch.config.http_names import url_of
 from pdlaunch.config.roles import Role
 
 UNIX = "unix:"
@@ -26,10 +27,7 @@ class EngineAddress(NamedTuple):
     path: str = ""
 
     def __str__(self) -> str:
-        if self.path:
-            return f"{UNIX}{self.path}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"{UNIX}{self.path}" if self.path else url_of(self.scheme, self.host, self.port)
 
 
 def read_engine_url(url: str) -> EngineAddress:
@@ -64,10 +62,6 @@ def read_engine_url(url: str) -> EngineAddress:
     return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
 
 
-def _check_url(url: str) -> str:
-    return str(read_engine_url(url))
-
-
 def _read_engine(value: object) -> object:
     if isinstance(value, str):
         role, equals, url = value.partition("=")
@@ -85,7 +79,7 @@ class RunningEngine(FrozenModel):
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         description="Name in metrics and logs; ROLE-N when unset.")
     role: Role = Field(description="What the router uses it for.")
-    url: Annotated[str, AfterValidator(_check_url)] = Field(
+    url: Annotated[str, AfterValidator(lambda url: str(read_engine_url(url)))] = Field(
         description="http://HOST:PORT, https://HOST:PORT or unix:/PATH.")
     api_key_env: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.connectors import (
@@ -26,7 +26,11 @@ class KVTransferSettings(FrozenModel):
     model_config = ConfigDict(extra="allow")
 
     # fmt: off
-    connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
+    connector: Annotated[
+        str,
+        AfterValidator(check_connector_name),
+        Flag("kv-connector", metavar="nixl|mooncake|file|..."),
+    ] = Field(
         "nixl",
         description="How KV blocks move: nixl, mooncake, file, or another installed connector; "
         "vllm-nixl is vLLM's own, for engines of vLLM, and does not verify blocks.")
@@ -57,11 +61,6 @@ class KVTransferSettings(FrozenModel):
     mooncake: MooncakeSettings = MooncakeSettings()
     file: FileSettings = FileSettings()
     # fmt: on
-
-    @field_validator("connector")
-    @classmethod
-    def _is_installed(cls, value: str) -> str:
-        return check_connector_name(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -95,10 +94,8 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def connector_section(self) -> ConnectorSettings:
-        """Return the settings of the connector in use."""
-        return self.section(self.connector)
-
-    def section(self, name: str) -> ConnectorSettings:
-        """Return the settings of a connector, or its defaults if its section is not given."""
-        found = getattr(self, name, None)
-        return found if isinstance(found, ConnectorSettings) else connector_settings(name)()
+        """Return the settings of the connector in use; its defaults without a section."""
+        found = getattr(self, self.connector, None)
+        if isinstance(found, ConnectorSettings):
+            return found
+        return connector_settings(self.connector)()

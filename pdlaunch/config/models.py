@@ -16,13 +16,12 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.engine_settings import BothSettings, EngineSettings, RoleSettings
-from pdlaunch.config.external import RunningEngine, RunningEngines, named
+from pdlaunch.config.external import RunningEngines, named
 from pdlaunch.config.field_types import Flag, FrozenModel, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
@@ -73,6 +72,15 @@ def _refuse_text(value: object) -> object:
     return value
 
 
+def _check_hang_timeout(value: float) -> float:
+    if 0 < value < MIN_HANG_TIMEOUT_S:
+        raise ValueError(
+            f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, in which a process sends "
+            "several heartbeats"
+        )
+    return value
+
+
 def _differ(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
@@ -120,7 +128,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         None, min_length=1,
         description="Key with which another router may use the engines; without it, only the "
         "launch's own router may.")
-    engines: RunningEngines = Field(
+    engines: Annotated[RunningEngines, AfterValidator(lambda them: tuple(named(them)))] = Field(
         (),
         description="Engines that already run, for `pdlaunch router`: `[{name, role, url, "
         "api_key_env}]`, or `prefill=URL`.")
@@ -173,33 +181,17 @@ class LaunchConfig(SharedSettings, EngineSettings):
         "until the deployment is ready.")
     drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT, for_router=True)] = Field(
         30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C.")
-    hang_timeout_s: float = Field(
+    hang_timeout_s: Annotated[float, AfterValidator(_check_hang_timeout)] = Field(
         60.0, ge=0,
         description="A process is restarted if its main loop stands still for this time, which "
         "must be longer than any step. 0 for never.")
     # fmt: on
 
-    @field_validator("hang_timeout_s")
-    @classmethod
-    def _leaves_time_for_heartbeats(cls, value: float) -> float:
-        if 0 < value < MIN_HANG_TIMEOUT_S:
-            raise ValueError(
-                f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, in which a process sends "
-                "several heartbeats"
-            )
-        return value
-
-    @field_validator("engines")
-    @classmethod
-    def _can_tell_engines_apart(cls, value: tuple[RunningEngine, ...]) -> tuple[RunningEngine, ...]:
-        return tuple(named(value))
-
     @model_validator(mode="after")
     def _has_hosts_to_place_on(self) -> Self:
         if self.placement == "hosts" and not self.hosts:
-            raise _refused(
-                "hosts", "placement is hosts, but hosts is empty: name them, as in --hosts a,b"
-            )
+            message = "placement is hosts, but hosts is empty: name them, as in --hosts a,b"
+            raise _refused("hosts", message)
         if self.placement != "hosts" and self.hosts:
             message = f"hosts are named, but placement is {self.placement}: set placement to hosts"
             raise _refused("hosts", message)
@@ -263,9 +255,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def engine_executables(self) -> tuple[str, ...]:
         """Return the executables of vLLM engines, each once."""
         settings = [self.engine_settings(role) for role in ROLES if self.role(role).replicas]
-        return tuple(
-            dict.fromkeys(each.engine_command for each in settings if each.engine == "vllm")
-        )
+        commands = (each.engine_command for each in settings if each.engine == "vllm")
+        return tuple(dict.fromkeys(commands))
 
     def engine_settings(self, role: Role) -> EngineSettings:
         shared = {name: getattr(self, name) for name in EngineSettings.model_fields}

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pdlaunch.config.connectors import other_sections
-from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, section_of
+from pdlaunch.config.field_types import Flag, FrozenModel, section_of
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
 
@@ -53,10 +53,6 @@ class Setting:
         return JsonValue in self.kinds
 
     @property
-    def is_list(self) -> bool:
-        return tuple in self.kinds
-
-    @property
     def has_sections(self) -> bool:
         item = next(iter(get_args(self.info.annotation)), None)
         model = get_args(item)[0] if get_origin(item) is Annotated else item
@@ -73,10 +69,6 @@ class Setting:
     @property
     def is_secret(self) -> bool:
         return SecretStr in self.kinds
-
-    @property
-    def is_native_alone(self) -> bool:
-        return NATIVE_ALONE in self.info.metadata
 
     @property
     def description(self) -> str:
@@ -134,23 +126,19 @@ class Setting:
 @functools.cache
 def all_settings() -> Mapping[str, Setting]:
     """Return every setting by dotted path, in the order of the models."""
-    found = [*_walk(LaunchConfig, "")]
-    for name, model in other_sections().items():
-        found += _walk(model, f"{_CONNECTORS}.{name}.")
-    return {setting.path: setting for setting in found}
+    return {
+        path: Setting(path, found, tuple(_kinds(found.annotation, found.metadata)))
+        for path, found in _fields()
+        if isinstance(found, FieldInfo)
+    }
 
 
 @functools.cache
-def sections() -> Mapping[str, type[FrozenModel]]:
-    """Return the model of each section: ``""`` (the top level), ``prefill.kv_offload``, ..."""
-    others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items()}
-    return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
-
-
-def known_names(section: str) -> list[str]:
-    """Return the names of fields and sections that a section of the file may have."""
-    others = other_sections() if section == _CONNECTORS else ()
-    return [*sections()[section].model_fields, *others]
+def sections() -> Mapping[str, Sequence[str]]:
+    """Return the names in each section: ``""`` (the top level), ``prefill.kv_offload``, ..."""
+    models = {path: [*found.model_fields] for path, found in _fields() if isinstance(found, type)}
+    models[_CONNECTORS] += other_sections()
+    return models
 
 
 @functools.cache
@@ -203,21 +191,23 @@ def variable_name(name: str) -> str:
     return f"{VARIABLE_PREFIX}{name.replace('.', '__').replace('-', '_').upper()}"
 
 
-def _walk(model: type[FrozenModel], prefix: str) -> Iterator[Setting]:
+def _fields() -> Iterator[tuple[str, FieldInfo | type[FrozenModel]]]:
+    """Yield the path of each setting and section, connectors of other packages included."""
+    yield from _walk(LaunchConfig, "")
+    for name, model in other_sections().items():
+        yield from _walk(model, f"{_CONNECTORS}.{name}")
+
+
+def _walk(
+    model: type[FrozenModel], path: str
+) -> Iterator[tuple[str, FieldInfo | type[FrozenModel]]]:
+    yield path, model
     for name, info in model.model_fields.items():
+        inner = f"{path}.{name}" if path else name
         if section := section_of(info):
-            yield from _walk(section, f"{prefix}{name}.")
+            yield from _walk(section, inner)
         else:
-            yield Setting(f"{prefix}{name}", info, tuple(_kinds(info.annotation, info.metadata)))
-
-
-def _walk_sections(
-    model: type[FrozenModel], prefix: str
-) -> Iterator[tuple[str, type[FrozenModel]]]:
-    for name, info in model.model_fields.items():
-        if section := section_of(info):
-            yield f"{prefix}{name}", section
-            yield from _walk_sections(section, f"{prefix}{name}.")
+            yield inner, info
 
 
 def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:

@@ -53,12 +53,12 @@ def load_config(
     ``flags``: values of the given flags, by dotted path (``prefill.replicas``). Raises
     InvalidConfigError with the problems of all sources.
     """
-    given, problems = _from_file(path)
+    values, places, problems = ({}, {}, []) if path is None else read_yaml(path)
+    given = {name: _Given(value, places[name], places) for name, value in values.items()}
     # Later sources win by path, not by section: a flag for one field of a section keeps the other
     # fields of that section in the file.
-    for source, found in (_from_environment(environ), _from_flags(flags)):
-        given |= source
-        problems += found
+    given |= _from_environment(environ, problems)
+    given |= _from_flags(flags, problems)
     config = _validate(given, problems)
     # Raise all problems at once, so that users correct a file once.
     if config is None or problems:
@@ -66,18 +66,9 @@ def load_config(
     return LoadedConfig(config, {path: item.origin for path, item in given.items()})
 
 
-def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
-    if path is None:
-        return {}, []
-    values, places, problems = read_yaml(path)
-    given = {name: _Given(value, places[name], places) for name, value in values.items()}
-    return given, problems
-
-
-def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], list[Problem]]:
-    known = variable_paths()
+def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, _Given]:
+    known, settings = variable_paths(), all_settings()
     given: dict[str, _Given] = {}
-    problems = []
     # Sorted, so that equal environments give equal messages.
     for name in sorted(environ):
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
@@ -85,8 +76,10 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
         # Settings first: a mapping's entry PDLAUNCH_ENV__X must not hide a setting of that name.
         path = known.get(name) or _mapping_entry(name, known)
         if path is None:
-            problems.append(_unknown_variable(name, known))
-        elif path in all_settings() and all_settings()[path].is_mapping:
+            match = nearest(name, [*known, *OTHER_VARIABLES])
+            fix = f"did you mean {match}?" if match else "docs/settings.md lists all variables"
+            problems.append(Problem("unknown variable", fix=fix, where=shown_name(name)))
+        elif path in settings and settings[path].is_mapping:
             message = "holds several entries, but a variable gives one"
             fix = f"set one variable for each: {name}__NAME=VALUE gives {path}.NAME"
             problems.append(Problem(message, path, fix=fix, where=name))
@@ -99,11 +92,11 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
                 Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
             )
         else:
-            parent = all_settings().get(path.rpartition(".")[0])
+            parent = settings.get(path.rpartition(".")[0])
             has_flags = parent is not None and parent.holds_flags
             value = value_of_text(environ[name]) if has_flags else environ[name]
             given[path] = _Given(value, shown_name(name))
-    return given, problems
+    return given
 
 
 def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
@@ -115,15 +108,8 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
     return None
 
 
-def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
-    match = nearest(name, [*known, *OTHER_VARIABLES])
-    fix = f"did you mean {match}?" if match else "docs/settings.md lists all variables"
-    return Problem("unknown variable", fix=fix, where=shown_name(name))
-
-
-def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Problem]]:
+def _from_flags(flags: Mapping[str, object], problems: list[Problem]) -> dict[str, _Given]:
     given: dict[str, _Given] = {}
-    problems = []
     for path, value in flags.items():
         if path not in all_settings() and path.rpartition(".")[0] not in all_settings():
             match = nearest(path, all_settings())
@@ -131,37 +117,35 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
             problems.append(Problem("unknown field", shown_name(path), fix=fix))
         else:
             given[path] = _Given(value, flag_name(path, value))
-    return given, problems
+    return given
 
 
 def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchConfig | None:
     """Return the validated configuration, or None. Adds what the models refuse to ``problems``."""
-    usable = dict(given)
+    tree: dict[str, Any] = {}
     for path, item in given.items():
+        setting = all_settings().get(path)
         # pydantic would accept `port: yes` as port 1.
-        if isinstance(item.value, bool) and not _takes_bool(path):
-            message = "must not be a boolean"
+        if isinstance(item.value, bool) and setting is not None and not setting.is_switch:
             fix = "write it in quotes if it is a text"
-            problems.append(_refused(path, item, message, fix))
-            del usable[path]
+            problems.append(_refused(path, item, "must not be a boolean", fix))
+            continue
+        *parents, name = split_path(path)
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = item.value
     try:
-        tree = _nested({path: item.value for path, item in usable.items()})
         return LaunchConfig.model_validate(tree)
     except ValidationError as error:
         problems += [_from_pydantic(detail, given) for detail in error.errors(include_url=False)]
         return None
 
 
-def _takes_bool(path: str) -> bool:
-    setting = all_settings().get(path)
-    return setting is None or setting.is_switch
-
-
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
     # Validators of a whole section name the refused field in the error's context.
-    whole = ".".join(
-        map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")])))
-    )
+    field = detail.get("ctx", {}).get("field")
+    whole = ".".join(map(str, (*detail["loc"], *([field] if field else ()))))
     path = whole
     while path and path not in given:
         path = path.rpartition(".")[0]
@@ -213,15 +197,3 @@ def _masked(values: Mapping[str, Any], section: str) -> dict[str, Any]:
         else:
             shown[name] = SECRET if value is not None and is_secret(path) else value
     return shown
-
-
-def _nested(values: Mapping[str, object]) -> dict[str, Any]:
-    """Turn values by dotted path into nested sections."""
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *parents, name = split_path(path)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
-from pdlaunch.config.settings import all_flags, all_settings, known_names, sections
+from pdlaunch.config.settings import all_flags, all_settings, sections
 from pdlaunch.config.vllm_arguments import fix_of_field
 
 MAX_FILE_BYTES = 256 * 1024
@@ -59,7 +59,7 @@ class _Reader:
     def read_section(self, node: yaml.Node, section: str) -> None:
         """Read the fields of a section, or of the top level when ``section`` is empty."""
         # Check keys here: an error of pydantic would show the place of the value, not of the key.
-        names = known_names(section)
+        names = sections()[section]
         for name, path, key, value in self._entries(node, section):
             if name not in names:
                 match = nearest(name, names)
@@ -80,7 +80,7 @@ class _Reader:
                     is_text = not (setting.holds_flags and is_json)
                     self.values[entry] = self._plain(item, entry, is_text=is_text)
             else:
-                self.values[path] = self._plain(value, path, is_text=setting.is_list)
+                self.values[path] = self._plain(value, path, is_text=tuple in setting.kinds)
 
     def _plain(self, node: yaml.Node, path: str, *, is_text: bool) -> object:
         """Return the value of a node. ``is_text``: keep numbers and booleans as texts."""

@@ -48,11 +48,10 @@ _STOP_TIMEOUT_S = 10.0
 
 
 def fetch_part(name: str, revision: str | None, part: Part) -> int | None:
-    """Download the files of a part that the cache lacks. Ends at once on Ctrl-C.
+    """Download the files of a part that the cache lacks: see ``Fetch``. Ends at once on Ctrl-C.
 
     Asks the hub for a newer version of the description, unless HF_HUB_OFFLINE is set. Skips weights
-    that are complete in the cache. Returns the size of the weights if only the hub knows it.
-    Raises ConfigError.
+    that are complete in the cache.
     """
     # Offline, the code that reads the files reports missing files.
     if is_offline() or (part == "weights" and _has_weights(name, revision)):

@@ -151,10 +151,7 @@ def _not_found(model: str, source: Path) -> ConfigError:
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path:
-    """Return the cached folder with the files of a model on the hub, without using the network.
-
-    Raises NotDownloadedError if the folder has no config.json.
-    """
+    """Return the cached folder of a model on the hub, offline. Raises NotDownloadedError."""
     repository = cache_folder() / f"models--{name.replace('/', '--')}"
     commit = revision = revision or "main"
     if not _COMMIT.fullmatch(revision):

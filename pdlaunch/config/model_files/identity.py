@@ -54,22 +54,24 @@ def sampled_digests(model: Path) -> dict[str, str]:
 
     ``model``: a directory or a single file.
     """
-    files = sorted(model.iterdir()) if model.is_dir() else [model]
-    wanted = [file for file in files if file.suffix in _WEIGHTS or file.name in _CONFIGS]
-    return {file.name: _sampled_digest(file) for file in wanted}
+    return {
+        file.name: _sampled_digest(file)
+        for file in _files(model)
+        if file.suffix in _WEIGHTS or file.name in _CONFIGS
+    }
 
 
 def named_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of a file, or of each file in a folder, by path.
-
-    Files of weights are sampled.
-    """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    """Return the SHA-256 (hex) of a file, or of each file in a folder, by path."""
     return {
         str(file.absolute()): _sampled_digest(file) if file.suffix in _WEIGHTS else _digest(file)
-        for file in files
+        for file in _files(path)
         if file.is_file()
     }
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def _digest(file: Path) -> str:
@@ -87,7 +89,7 @@ def _sampled_digest(file: Path) -> str:
 
 
 def text_digests(model_dir: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of each file that ``text_files`` finds, by name."""
+    """Return the SHA-256 (hex) of each file of ``text_files``, by name."""
     return {file.name: _digest(file) for file in text_files(model_dir)}
 
 
@@ -114,13 +116,11 @@ def model_digest(digests: Mapping[str, str]) -> str:
 
 
 def changes(pinned: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Return a text with each file whose digests differ and both digests; empty if none do.
-
-    Names of files outside the model's folder are paths. These count only if both sides have them.
-    """
+    """Return a text with each file whose digests differ and both digests; empty if none do."""
     return ", ".join(
         f"{name} ({_shown(pinned.get(name))} before, {_shown(found.get(name))} now)"
         for name in sorted(pinned.keys() | found.keys())
+        # A file outside the model's folder, which a path names, counts only if both sides have it.
         if pinned.get(name) != found.get(name)
         and ("/" not in name or (name in pinned and name in found))
     )
@@ -140,16 +140,14 @@ def _shown(digest: str | None) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """Yield size and header of a safetensors file, then start, middle and end of each tensor.
-
-    Source: the safetensors format (length, JSON, tensors).
-    """
+    """Yield size and header of a safetensors file, then start, middle and end of each tensor."""
     yield path.stat().st_size.to_bytes(8, "little")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header
-        tensors = {name: at for name, at in json.loads(header).items() if name != "__metadata__"}
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
         for entry in tensors.values():
             start, stop = entry["data_offsets"]
             for piece in range(_PIECES_PER_TENSOR):

@@ -162,11 +162,8 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Return the number of parameters, exactly as transformers counts them."""
         # A footprint that is 5 % too large refuses models that fit.
-        in_layer, elsewhere = (
-            sum(map(math.prod, shapes.values()))
-            for shapes in (self.layer_weights, self.other_weights)
-        )
-        return self.num_layers * in_layer + elsewhere
+        in_layer = sum(map(math.prod, self.layer_weights.values()))
+        return self.num_layers * in_layer + sum(map(math.prod, self.other_weights.values()))
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -243,10 +240,7 @@ def keeps_state(directory: Path) -> bool:
 
 
 def read_generation_config(directory: Path) -> Config:
-    """Return the fields of ``generation_config.json``; empty if the file does not exist.
-
-    Raises ConfigError if the file is broken.
-    """
+    """Return the fields of ``generation_config.json``, if there is one. Raises ConfigError."""
     path = directory / "generation_config.json"
     return read_json(path) if path.is_file() else {}
 
@@ -282,10 +276,8 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         raise _wrong(
             f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
         )
-    num_layers, inner = (
-        _positive(config, "num_hidden_layers"),
-        _positive(config, "intermediate_size"),
-    )
+    num_layers = _positive(config, "num_hidden_layers")
+    inner = _positive(config, "intermediate_size")
     head_dim = _positive(config, "head_dim", hidden_size // num_heads)
     vocab_size = _positive(config, "vocab_size")
     architectures = outer.get("architectures") or config.get("architectures") or [""]
@@ -400,30 +392,22 @@ def _unsupported_because(config: Config) -> str:
     return next((reason for reason, found in reasons.items() if found), "")
 
 
-def _layer_types(config: Config) -> set[str]:
-    types = config.get("layer_types")
-    return {str(kind) for kind in types} if isinstance(types, list) else set()
-
-
 def _is_recurrent(config: Config) -> bool:
+    types = config.get("layer_types")
     return (
         "mamba" in str(config.get("model_type"))
         or any(map(config.get, _RECURRENT))
-        or bool(_RECURRENT_LAYERS & _layer_types(config))
+        or (isinstance(types, list) and not _RECURRENT_LAYERS.isdisjoint(map(str, types)))
     )
 
 
 def _has_moving_rope(config: Config) -> bool:
     found = [config.get("rope_scaling"), config.get("rope_parameters")]
-    settings = [item for item in found if isinstance(item, dict)]
+    settings = [each for each in found if isinstance(each, dict)]
     # Gemma 3 nests settings for each kind of layer.
-    settings += [
-        nested for item in settings for nested in item.values() if isinstance(nested, dict)
-    ]
-    return any(
-        item.get("rope_type", item.get("type")) in ("dynamic", "longrope", "su")
-        for item in settings
-    )
+    settings += [it for each in settings for it in each.values() if isinstance(it, dict)]
+    kinds = [each.get("rope_type", each.get("type")) for each in settings]
+    return any(kind in ("dynamic", "longrope", "su") for kind in kinds)
 
 
 def _positive(config: Config, key: str, default: int | None = None) -> int:

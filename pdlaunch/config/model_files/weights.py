@@ -4,7 +4,6 @@ The safetensors library checks safetensors files; the conversion checks .gguf fi
 tensors are not noticed, because the formats have no checksum.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -50,10 +49,7 @@ def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the checkpoint's safetensors files.
-
-    Raises ConfigError (field ``model``) if there are none or one of them is damaged.
-    """
+    """Return the checkpoint's safetensors files. Raises ConfigError, also for damaged ones."""
     index = model_dir / INDEX
     # Prefer the index to a glob: folders often hold a second, merged copy of the weights.
     files = (
@@ -124,15 +120,9 @@ def _check_weights(files: Sequence[Path], shape: ModelShape) -> None:
                 what = f"{key} has the shape {found}, but config.json says {list(right)}"
                 raise damaged(file, what, fix=fix)
             seen.add(name)
-    names = itertools.chain(
-        shape.other_weights,
-        (
-            f"model.layers.{layer}.{name}"
-            for layer in range(shape.num_layers)
-            for name in shape.layer_weights
-        ),
-    )
-    if missing := next((name for name in names if name not in seen), ""):
+    layers = [f"model.layers.{layer}" for layer in range(shape.num_layers)]
+    names = [f"{layer}.{name}" for layer in layers for name in shape.layer_weights]
+    if missing := next((name for name in (*shape.other_weights, *names) if name not in seen), ""):
         raise damaged(files[0].parent, f"no file has {missing}, which config.json needs", fix=fix)
 
 
@@ -192,10 +182,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ConfigError (field ``model``) if a .gguf file does not begin like one.
-
-    The conversion reports other damage.
-    """
+    """Raise ConfigError if a file does not begin like a .gguf file; the conversion checks more."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
