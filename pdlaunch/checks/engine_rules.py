@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from pdlaunch.checks.context import Context, vllm_engines, vllm_pair
-from pdlaunch.checks.rule import Found, differing_place, error, info, warning
+from pdlaunch.checks.rule import Context, Found, Pair, differing_place, error, info, warning
 from pdlaunch.config.field_types import NATIVE_ALONE
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
@@ -58,7 +57,6 @@ _OWN_CONNECTOR = "set kv_transfer.connector to vllm-nixl, which proves nothing"
 # vLLM renews a lease between two steps, every ``lease // 6`` seconds, for ``lease * 2 // 3``. With
 # 8 s, a step may take 4 s before a renewal comes too late.
 MIN_LEASE_S = 8
-_Pair = tuple[RoleEngines, RoleEngines]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +96,8 @@ def _arguments(context: Context, each: RoleEngines) -> Iterator[EngineArgument]:
 
 
 def _all_arguments(context: Context) -> Iterator[EngineArgument]:
-    for each in vllm_engines(context):
+    for each in context.vllm_engines():
         yield from _arguments(context, each)
-
-
-def _cannot_run(argument: EngineArgument) -> Found | None:
-    if argument.name not in REFUSED or argument.is_off:
-        return None
-    return Found(f"--{argument.name}: {REFUSED[argument.name]}", argument.where)
-
-
-def _ours(argument: EngineArgument) -> Found | None:
-    if argument.name not in OURS:
-        return None
-    message = f"pdlaunch sets --{argument.name} itself"
-    return Found(message, argument.where, OURS[argument.name])
 
 
 def _open_endpoints(argument: EngineArgument) -> Iterator[Found]:
@@ -131,7 +116,7 @@ def _open_endpoints(argument: EngineArgument) -> Iterator[Found]:
 
 
 def _no_command(context: Context) -> Iterator[Found]:
-    for each in vllm_engines(context):
+    for each in context.vllm_engines():
         command = each.settings.engine_command
         problems = [
             f"{f'on {host}: ' if context.launch.spans_hosts else ''}{command}: {found.problem}"
@@ -148,7 +133,7 @@ def _kinds_differ(context: Context) -> str:
 
 
 def _versions_differ(context: Context) -> Iterator[Found]:
-    for sides in vllm_pair(context):
+    for sides in context.vllm_pairs():
         commands = [context.engine_commands(side.role).values() for side in sides]
         versions = [sorted({it.version for it in found if it.version}) for found in commands]
         if all(versions) and len({*versions[0], *versions[1]}) > 1:
@@ -159,7 +144,7 @@ def _versions_differ(context: Context) -> Iterator[Found]:
 
 def _ignored_settings(context: Context) -> Iterator[Found]:
     native_alone = [path for path, it in all_settings().items() if NATIVE_ALONE in it.info.metadata]
-    for each in vllm_engines(context):
+    for each in context.vllm_engines():
         for name in native_alone:
             for path in filter(context.given, dict.fromkeys((name, f"{each.role}.{name}"))):
                 yield Found(f"{name} does nothing for engines of vLLM", path)
@@ -172,7 +157,7 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
 
 
 def _own_variables(context: Context) -> Iterator[Found]:
-    for each in vllm_engines(context):
+    for each in context.vllm_engines():
         # An engine over several hosts cannot have one address for all of them.
         own = OWN_VARIABLES | {_PORT} | ({"VLLM_HOST_IP"} if each.settings.nnodes > 1 else set())
         for name in sorted(own & each.settings.env.keys()):
@@ -181,13 +166,13 @@ def _own_variables(context: Context) -> Iterator[Found]:
             )
 
 
-def _stock_pair(context: Context) -> Iterator[_Pair]:
-    """Yield the prefill and decode engines of pairs that use vLLM's own connector."""
-    return vllm_pair(context) if context.kv_transfer.is_stock else iter(())
+def _stock_pairs(context: Context) -> list[Pair]:
+    """Return the prefill and decode engines of pairs that use vLLM's own connector."""
+    return context.vllm_pairs() if context.kv_transfer.is_stock else []
 
 
 def _our_sides(context: Context) -> Iterator[RoleEngines]:
-    return itertools.chain(*(() if context.kv_transfer.is_stock else vllm_pair(context)))
+    return itertools.chain(*(() if context.kv_transfer.is_stock else context.vllm_pairs()))
 
 
 def _given(
@@ -209,7 +194,7 @@ def _cumem(context: Context) -> Iterator[Found]:
 
 
 def _offloading(context: Context) -> Iterator[Found]:
-    for each in itertools.chain(*vllm_pair(context)):
+    for each in itertools.chain(*context.vllm_pairs()):
         backend, size = host_tier_of(each.settings.engine_args)
         reason = ""
         if context.kv_transfer.is_stock:
@@ -231,9 +216,7 @@ def _early_tier(context: Context) -> Iterator[Found]:
 
 
 def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> bool:
-    """Return True if an executable of this role has an older or an unknown version. Return False
-    if the executables were not looked at.
-    """
+    """Return True if an executable of this role was looked at and is older, or of no version."""
     versions = [numbers for _, numbers in _versions_of(context, each)]
     return bool(context.engine_commands(each.role)) and min(versions, default=()) < since
 
@@ -249,14 +232,9 @@ def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[
         yield from ((each, version) for version in _versions_of(context, each))
 
 
-def _with_state(context: Context) -> Iterator[RoleEngines]:
-    sides = itertools.chain(*_stock_pair(context))
-    yield from (each for each in sides if each.model.has_state)
-
-
 def _cached_states(context: Context) -> Iterator[Found]:
     name = "enable_prefix_caching"
-    for prefill, decode in _stock_pair(context):
+    for prefill, decode in _stock_pairs(context):
         is_old = _is_before(context, decode, _CACHES_STATES_SINCE)
         is_default = bool(context.engine_commands(decode.role)) and not is_old
         is_on = decode.settings.enable_prefix_caching and (name in decode.given or is_default)
@@ -273,33 +251,24 @@ def _cached_states(context: Context) -> Iterator[Found]:
 
 def _caches_with_unknown_vllm(context: Context) -> Iterator[Found]:
     name = "enable_prefix_caching"
-    for _, decode in _stock_pair(context):
+    for _, decode in _stock_pairs(context):
         is_on = name in decode.given and decode.settings.enable_prefix_caching
         if decode.model.has_state and is_on and not context.engine_commands(decode.role):
             yield Found(at=decode.where(name))
 
 
-def _dev_ports(context: Context) -> Iterator[Found]:
-    # On several hosts the port belongs to a sidecar, which checks the launch's token.
-    for each in vllm_engines(context) if not context.launch.spans_hosts else ():
-        if each.settings.enable_sleep_mode and each.ports:
-            yield Found("enable_sleep_mode opens /collective_rpc there", f"{each.role}.port")
-
-
-def _models_of(sides: _Pair) -> Found | None:
+def _models_of(sides: Pair) -> Found | None:
     prefill, decode = (side.model.path or side.settings.model for side in sides)
     return Found(f"prefill loads {prefill}, decode {decode}") if prefill != decode else None
 
 
-def _tp_sizes(sides: _Pair) -> Found | None:
+def _tp_sizes(sides: Pair) -> Found | None:
     prefill, decode = (side.tp_size for side in sides)
     stages = [side.settings.pipeline_parallel_size for side in sides]
     if max(stages) > 1 and (stages[0] != stages[1] or prefill != decode):
-        message = (
-            f"prefill has {stages[0]} stages of {prefill} ranks, decode {stages[1]} of {decode}"
-        )
+        message = f"prefill has {stages[0]} stages of {prefill} ranks, decode {stages[1]} of "
         fix = "give both sides the same pipeline_parallel_size and tensor_parallel_size"
-        return Found(message, sides[1].where("pipeline_parallel_size"), fix)
+        return Found(f"{message}{decode}", sides[1].where("pipeline_parallel_size"), fix)
     sizes = f"prefill has {prefill} ranks an engine, decode {decode}"
     shape = sides[0].shape
     heads = shape.num_kv_heads if shape is not None and not shape.is_latent else None
@@ -312,7 +281,7 @@ def _tp_sizes(sides: _Pair) -> Found | None:
 
 
 def _differing_flags(context: Context) -> Iterator[Found]:
-    for sides in vllm_pair(context):
+    for sides in context.vllm_pairs():
         flags = [_flags_of(context, side) for side in sides]
         for key in dict.fromkeys((*flags[0], *flags[1])):
             values = [str(side[key][0]) if key in side else "not given" for side in flags]
@@ -324,14 +293,10 @@ def _differing_flags(context: Context) -> Iterator[Found]:
 
 def _flags_of(context: Context, each: RoleEngines) -> dict[str, tuple[JsonValue, str]]:
     """Return long name or path in JSON -> value and place of each flag in ``_OF_BLOCKS``."""
-    return {
-        f"{it.name}.{it.key.partition('.')[2]}".rstrip("."): (
-            False if it.is_off else it.json,
-            it.where,
-        )
-        for it in _arguments(context, each)
-        if it.name in _OF_BLOCKS.split()
-    }
+    flags = [it for it in _arguments(context, each) if it.name in _OF_BLOCKS.split()]
+    names = [f"{it.name}.{it.key.partition('.')[2]}".rstrip(".") for it in flags]
+    values = [(False if it.is_off else it.json, it.where) for it in flags]
+    return dict(zip(names, values, strict=True))
 
 
 # fmt: off
@@ -341,13 +306,17 @@ RULES = (
         "engine with other values than it expects. The rule finds all spellings of a flag: dashes "
         "or underscores, short names, no-..., one key of a JSON value, and abbreviated names that "
         "vLLM completes.",
-        over=_all_arguments, when=_ours,
+        over=_all_arguments,
+        when=lambda it: it.name in OURS
+        and Found(f"pdlaunch sets --{it.name} itself", it.where, OURS[it.name]),
         fix="Remove it from engine_args, and use the setting that the finding names.",
         source=_PARSER),
     error("PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
         "pdlaunch plans data parallel ranks on one host only. The router cannot call engines over "
         "TLS or gRPC, or engines without HTTP.",
-        over=_all_arguments, when=_cannot_run,
+        over=_all_arguments,
+        when=lambda it: it.name in REFUSED and not it.is_off
+        and Found(f"--{it.name}: {REFUSED[it.name]}", it.where),
         fix=_REMOVE, source=_PARSER),
     error("PD605", "Other users can read the KV events.",
         "The events contain the token ids of all prompts. Without an endpoint, pdlaunch sets a "
@@ -402,7 +371,11 @@ RULES = (
     warning("PD618", "Every local user can run methods in an engine through its port.",
         "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without a key. At a "
         "Unix socket of the launch, only the user of the launch can call these routes.",
-        when=_dev_ports,
+        # On several hosts the port belongs to a sidecar, which checks the launch's token.
+        over=lambda context: () if context.launch.spans_hosts else context.vllm_engines(),
+        when=lambda each: each.settings.enable_sleep_mode and each.ports
+        and Found(at=f"{each.role}.port"),
+        message="enable_sleep_mode opens /collective_rpc there",
         fix="Set prefill.port and decode.port to 0, or switch enable_sleep_mode off.",
         source="register_vllm_dev_api_routers of vLLM 0.32; its key protects only /v1, /v2 and "
         "/inference."),
@@ -410,7 +383,7 @@ RULES = (
         "vLLM's prefill then gives the blocks to other requests, the late read succeeds, and "
         "decode answers with the text of another prompt (HTTP 200). Decode renews the lease only "
         "between two steps: each renewal must last for the time to the next one plus a step.",
-        over=lambda context: [context.kv_transfer for _ in _stock_pair(context)],
+        over=lambda context: [context.kv_transfer for _ in _stock_pairs(context)],
         when=lambda transfer: transfer.lease_s < MIN_LEASE_S, at="kv_transfer.lease_s",
         message=f"lease_s is {{0.lease_s:g}}, less than {MIN_LEASE_S}",
         fix=f"Set kv_transfer.lease_s to {MIN_LEASE_S} or more; 30 is vLLM's own.",
@@ -420,7 +393,7 @@ RULES = (
     error("PD620", "Prefill and decode of vLLM load the model under different names.",
         "The handshake of vLLM's own connector compares the path or name of the model. It fails "
         "if these differ, even with equal files.",
-        over=_stock_pair, when=_models_of, at="model",
+        over=_stock_pairs, when=_models_of, at="model",
         fix="Set model once, at the top level.", source=_HANDSHAKE),
     error("PD621", "The host tier of vLLM does not work with the KV connector of a pair.",
         "Such a host tier replaces the connector, or was never tried beside it.",
@@ -454,14 +427,14 @@ RULES = (
     error("PD626", "The tensor-parallel sizes of prefill and decode do not fit.",
         "The handshake fails. A pipeline stage takes KV only of a stage with the same layers, and "
         "of ranks with the same heads.",
-        over=vllm_pair, when=_tp_sizes, at="tensor_parallel_size",
+        over=Context.vllm_pairs, when=_tp_sizes, at="tensor_parallel_size",
         fix="Choose tensor-parallel sizes of which one divides the other. The size of prefill must "
         "not exceed the number of KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),
     warning("PD629", "Engines of vLLM use pulled KV blocks without a proof.",
         "With vLLM's own connector, a READ after the end of its lease returns another prompt's "
         "blocks, and the answer is wrong with HTTP 200. Its UCX listens on TCP, where anyone who "
         "can connect can read and write KV blocks.",
-        over=_stock_pair, when=lambda _: True, at="kv_transfer.connector",
+        over=_stock_pairs, when=lambda _: True, at="kv_transfer.connector",
         message="wrong KV blocks would go unnoticed: kv_transfer.connector is vllm-nixl",
         fix="Set kv_transfer.connector to nixl.",
         source="vLLM 0.32: an expired lease's blocks are reused, and read without an error."),
@@ -474,9 +447,9 @@ RULES = (
         needs=("engine_commands",)),
     error("PD633", "vLLM's connector needs another layout for the states of a hybrid model.",
         "The workers of vLLM fail with an assertion at their start.",
-        over=_with_state,
-        when=lambda each: each.given_environ.get(_LAYOUT) != "DS", at="env",
-        message=f"{_LAYOUT} of {{0.role}} engines is not DS",
+        over=lambda context: itertools.chain(*_stock_pairs(context)),
+        when=lambda each: each.model.has_state and each.given_environ.get(_LAYOUT) != "DS",
+        at="env", message=f"{_LAYOUT} of {{0.role}} engines is not DS",
         fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
     warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
         "Before 0.28, decode exits with the assertion 'SSM can only have one local block' at the "

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda
-from pdlaunch.checks.rule import Found, error, warning
+from pdlaunch.checks.memory_rules import cumem_setting
+from pdlaunch.checks.rule import Context, Found, error, warning
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
@@ -29,7 +29,7 @@ def _missing_extras(context: Context) -> Iterator[Found]:
         wanted.append(("mooncake", "kv_transfer.connector"))
     # The packages on other hosts are not known here.
     if not context.launch.spans_hosts:
-        cumem = [each for each in on_cuda(context) if each.allocator == "cumem"]
+        cumem = [each for each in context.on_cuda() if each.allocator == "cumem"]
         wanted += [("cuda", each.where(cumem_setting(each))) for each in cumem]
     for extra, where in wanted:
         if extra in missing:
@@ -41,7 +41,7 @@ def _missing_extras(context: Context) -> Iterator[Found]:
 
 
 def _no_gpu(context: Context) -> Iterator[Found]:
-    for each in on_cuda(context):
+    for each in context.on_cuda():
         if each.gpus or each.gpus_problem:
             continue  # PD450 reports a wrong variable.
         variable = each.given_environ.get(VISIBLE_DEVICES)
@@ -52,7 +52,7 @@ def _no_gpu(context: Context) -> Iterator[Found]:
 
 
 def _small_shm(context: Context) -> str:
-    machine, num_ranks = context.machine, sum(each.num_ranks for each in engines(context))
+    machine, num_ranks = context.machine, sum(each.num_ranks for each in context.engines.values())
     is_small = machine.shm_free_bytes < MIN_SHM_BYTES and num_ranks > 1
     text = f"{format_size(machine.shm_free_bytes)} of {format_size(machine.shm_bytes)} are free"
     return text if is_small else ""
@@ -67,12 +67,8 @@ def _ports(context: Context) -> Iterator[Found]:
 
 
 def _local_addresses(context: Context) -> Iterator[Found]:
-    hosts = [host for host in context.launch.hosts if host.advertise_address]
-    local = [
-        host
-        for host in hosts
-        if host.advertise_address in WILDCARDS or is_loopback(host.advertise_address)
-    ]
+    hosts = {it: it.advertise_address for it in context.launch.hosts if it.advertise_address}
+    local = [it for it, address in hosts.items() if address in WILDCARDS or is_loopback(address)]
     # If all hosts have such an address, they are on one machine.
     for host in local if len(local) < len(hosts) else ():
         place = "control_address" if host is context.launch.hosts[0] else "hosts.advertise_address"
@@ -81,8 +77,7 @@ def _local_addresses(context: Context) -> Iterator[Found]:
 
 def _too_few_hosts(context: Context) -> Iterator[Found]:
     for role in context.engines if context.config.placement != "local" else ():
-        there = sum(role in host.roles for host in context.launch.hosts)
-        if not there:
+        if not any(role in host.roles for host in context.launch.hosts):
             yield Found(f"no host accepts {role} engines", "hosts")
 
 
@@ -138,11 +133,8 @@ def _unlike_hosts(context: Context) -> Iterator[Found]:
             theirs = other.derived()
             for name in mine.keys() - _OF_HOST:
                 if mine[name] != theirs[name]:
-                    yield Found(
-                        f"it is {mine[name]} on {first.host.name} and {theirs[name]} on "
-                        f"{other.host}",
-                        first.engines.where(name),
-                    )
+                    found = f"it is {mine[name]} on {first.host.name} and {theirs[name]} on "
+                    yield Found(f"{found}{other.host}", first.engines.where(name))
 
 
 # fmt: off
@@ -163,7 +155,7 @@ RULES = (
         "option.", source="cuInit and cuDeviceGetCount.", needs=("gpus",), on_vllm=True),
     error("PD411", "An engine has more ranks than there are GPUs.",
         "Two ranks of one engine on one device would block each other in collective operations.",
-        over=on_cuda,
+        over=Context.on_cuda,
         # PD410 reports ranks that see no GPU.
         when=lambda each: (
             (there := len(each.gpus))
@@ -179,7 +171,7 @@ RULES = (
     warning("PD412", "There are fewer CPU cores than ranks.",
         "Ranks then take turns on a core: prefill and decode do not overlap.",
         when=lambda context: (
-            (ranks := sum(each.num_ranks for each in on_cpu(context)))
+            (ranks := sum(each.num_ranks for each in context.on_cpu()))
             > (cores := context.machine.num_cpus)
             and f"{ranks} ranks compute on {cores} cores"
         ), at="prefill.replicas",
@@ -210,7 +202,7 @@ RULES = (
         "The ranks of a tensor parallel group on a CPU exchange activations over TCP, on ports of "
         "the loopback device without authentication. Another process of this machine could take "
         "a rank's place while the group is formed.",
-        over=on_cpu, when=lambda each: each.tp_size > 1, at="tensor_parallel_size",
+        over=Context.on_cpu, when=lambda each: each.tp_size > 1, at="tensor_parallel_size",
         message="each of {0.tp_size} ranks listens without authentication on this machine's "
         "loopback device",
         fix="Use one rank for each engine. A deployment in its own network namespace is safe, "
@@ -219,7 +211,7 @@ RULES = (
         "CUDA ignores all entries after one that it cannot use, and shows no GPU if a GPU is "
         "named twice. The numbers are those of the machine, even if the launch itself has a "
         "CUDA_VISIBLE_DEVICES.",
-        over=engines, when=lambda each: bool(each.gpus_problem), at=f"${VISIBLE_DEVICES}",
+        over=Context.roles, when=lambda each: bool(each.gpus_problem), at=f"${VISIBLE_DEVICES}",
         message=f"{VISIBLE_DEVICES} of {{0.role}}: {{0.gpus_problem}}",
         fix="Name GPUs that the launch itself sees, by number and each once. Or remove "
         "CUDA_VISIBLE_DEVICES: pdlaunch then gives each rank a GPU.",
@@ -228,7 +220,7 @@ RULES = (
     warning("PD451", "Engines run on the CPU of a host with GPUs that the driver does not show.",
         "The settings do not choose the CPU. The driver is missing or broken, or the container has "
         "no access to the GPUs. GPUs that CUDA_VISIBLE_DEVICES hides are no finding.",
-        over=on_cpu,
+        over=Context.on_cpu,
         when=lambda each: each.machine.has_hidden_gpus and each.settings.device != "cpu"
         and VISIBLE_DEVICES not in each.given_environ, at="device",
         message="{0.role} runs on the CPU, though this host has NVIDIA GPUs",

@@ -1,34 +1,31 @@
 """Rules PD2xx judge memory settings, and whether engines fit into memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda, peers
-from pdlaunch.checks.rule import Found, error, warning
+from pdlaunch.checks.rule import Context, Found, error, warning
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.sizes import format_size
 from pdlaunch.machine.facts import Gpu
 from pdlaunch.machine.host import expandable_segments_variable
-from pdlaunch.planning.footprint import Footprint
 from pdlaunch.planning.role_engines import RoleEngines
 
 # A KV cache that cannot hold a request of this length is a mistake, unless max_model_len is shorter
 USEFUL_TOKENS = 256
 MOST_OF_A_GPU = 0.97  # CUDA and NCCL held 4.6 of 178 GiB at that time, in a group of 16 ranks
-_MEBIBYTE = 1024**2
 _PLACEMENT = "How ranks are placed: in turn over all GPUs."
 _TIER = "kv_offload.host_memory"
 _NEED_CUMEM = {"enable_cumem_allocator": "cumem allocator", "enable_sleep_mode": "sleep mode"}
 
 
-def _segments_variable(each: RoleEngines) -> str | None:
-    """Return the variable that puts the KV cache of GPU engines into expandable segments."""
-    on_gpu = each.device == "cuda" and not each.cumem_allocator
-    return expandable_segments_variable(each.given_environ) if on_gpu else None
+def cumem_setting(each: RoleEngines) -> str:
+    """Return the setting that gives an engine CuMem pools; sleep mode does so too."""
+    asked = each.settings.enable_cumem_allocator
+    return "enable_cumem_allocator" if asked else "enable_sleep_mode"
 
 
 def _no_cumem(context: Context) -> Iterator[Found]:
     problem = "" if "cumem" in context.missing else context.machine.cumem_problem
-    for each in engines(context):
+    for each in context.engines.values():
         reason = problem if context.machine.gpus else ""
         if each.device == "cpu":
             reason = f"the engines run on a CPU{f' ({problem})' if problem else ''}"
@@ -44,8 +41,10 @@ def _segments(context: Context) -> Iterator[Found]:
     elsewhere = "--enable-cumem-allocator or --enable-sleep-mode"
     if context.uses_ucx:
         elsewhere = "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
-    for each in peers(context):
-        if _is_opened_by_library(context, each) and (name := _segments_variable(each)) is not None:
+    for each in context.pair or ():
+        name = expandable_segments_variable(each.given_environ)
+        is_used = each.device == "cuda" and not each.cumem_allocator
+        if name is not None and is_used and _is_opened_by_library(context, each):
             yield Found(
                 f"{name} switches expandable_segments on, and connector {connector} moves such "
                 "memory slowly",
@@ -56,7 +55,7 @@ def _segments(context: Context) -> Iterator[Found]:
 
 def _cumem_without_fabric(context: Context) -> Iterator[Found]:
     carrier = context.kv_transfer.connector_section
-    for each in on_cuda(context) if context.pair else ():
+    for each in context.on_cuda() if context.pair else ():
         if each.role not in PAIR or not each.cumem_allocator:
             continue
         has_fabric = all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus)
@@ -82,7 +81,7 @@ def _is_opened_by_library(context: Context, each: RoleEngines) -> bool:
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
     return {
-        gpu: {each: count for each in on_cuda(context) if (count := each.num_ranks_on(gpu))}
+        gpu: {each: count for each in context.on_cuda() if (count := each.num_ranks_on(gpu))}
         for gpu in range(len(context.machine.gpus))
     }
 
@@ -133,7 +132,8 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
         total = sum(count * wants[each] for each, count in ranks.items())
         free = memory - gpu.held_bytes
         if total <= free or sum(ranks.values()) == 1:
-            yield from _late_shares(index, free, total, wants, shares)
+            for each in ranks:
+                yield from _late_share(index, free - (total - wants[each]), each, shares[each])
             continue
         parts = " + ".join(
             f"{count} {each.role} x {format_size(wants[each])}" for each, count in ranks.items()
@@ -155,27 +155,19 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
             yield Found(message, "gpu_memory_utilization", fix)
 
 
-def _late_shares(
-    index: int,
-    free: int,
-    total: int,
-    wants: Mapping[RoleEngines, int],
-    shares: Mapping[RoleEngines, int],
-) -> Iterator[Found]:
-    """Find engines of vLLM that need more free GPU memory at their start than others leave."""
-    for each, share in shares.items():
-        left = free - (total - wants[each])
-        if not each.is_native and share > left:
-            asks = f"{format_size(share)} of free memory on GPU {index}, but other ranks leave"
-            # Rounded down, to leave room for CUDA contexts.
-            fits = max(1, int(95 * each.settings.gpu_memory_utilization * left / share)) / 100
-            sized = "; kv_cache_memory alone then sets the size of the KV cache"
-            yield Found(
-                f"a {each.role} rank of vLLM needs at its start {asks} {format_size(left)}",
-                each.where("gpu_memory_utilization"),
-                f"set gpu_memory_utilization to {fits:g} or less"
-                + sized * (each.settings.kv_cache_memory is not None),
-            )
+def _late_share(index: int, left: int, each: RoleEngines, share: int) -> Iterator[Found]:
+    """Find out whether vLLM needs more free GPU memory at its start than others leave."""
+    if not each.is_native and share > left:
+        asks = f"{format_size(share)} of free memory on GPU {index}, but other ranks leave"
+        # Rounded down, to leave room for CUDA contexts.
+        fits = max(1, int(95 * each.settings.gpu_memory_utilization * left / share)) / 100
+        sized = "; kv_cache_memory alone then sets the size of the KV cache"
+        yield Found(
+            f"a {each.role} rank of vLLM needs at its start {asks} {format_size(left)}",
+            each.where("gpu_memory_utilization"),
+            f"set gpu_memory_utilization to {fits:g} or less"
+            + sized * (each.settings.kv_cache_memory is not None),
+        )
 
 
 def _shared_gpus(context: Context) -> str:
@@ -185,63 +177,41 @@ def _shared_gpus(context: Context) -> str:
 
 def _host_memory(context: Context) -> Iterator[Found]:
     # On a CPU, the ranks of all roles share the memory of the host.
-    needs = {each: each.footprint for each in on_cpu(context) if each.footprint}
-    tiers = [each for each in engines(context) if each.host_tier_bytes]
+    needs = {each: each.footprint for each in context.on_cpu() if each.footprint}
+    tiers = [each for each in context.engines.values() if each.host_tier_bytes]
     total = sum(each.num_ranks * needed.total_bytes for each, needed in needs.items())
     total += sum(each.num_ranks * each.host_tier_bytes for each in tiers)
     if total > context.machine.memory_bytes:
-        parts = [
-            f"{each.num_ranks} {each.role} ranks: {needed.arithmetic()} each"
-            for each, needed in needs.items()
-        ]
-        parts += [
-            f"{each.num_ranks} {each.role} ranks: {format_size(each.host_tier_bytes)} of host tier"
-            for each in tiers
-        ]
+        uses = [(each, f"{needed.arithmetic()} each") for each, needed in needs.items()]
+        uses += [(each, f"{format_size(each.host_tier_bytes)} of host tier") for each in tiers]
+        parts = "; ".join(f"{each.num_ranks} {each.role} ranks: {use}" for each, use in uses)
         there = format_size(context.machine.memory_bytes)
         place = tiers[0].where(_TIER) if tiers else next(iter(needs)).where("kv_cache_memory")
-        yield Found(f"{'; '.join(parts)}; together {format_size(total)} of {there}", place)
+        yield Found(f"{parts}; together {format_size(total)} of {there}", place)
 
 
-def _wanted_tokens(each: RoleEngines) -> int | None:
-    """Return the length of a request that the KV cache has to hold at least; None: not known."""
-    longest = each.max_model_len
-    if longest is None or each.settings.max_model_len is not None:
-        return longest
-    return min(USEFUL_TOKENS, longest)
-
-
-def _too_small(each: RoleEngines, tokens: int | None) -> Found | None:
-    """Return a finding if the KV cache cannot hold a request of this length."""
-    needed, kv_bytes = each.footprint, each.kv_cache_bytes
+def _too_small(each: RoleEngines) -> Found | None:
+    needed, kv_bytes, tokens = each.footprint, each.kv_cache_bytes, each.max_model_len
     if needed is None or kv_bytes is None or tokens is None:
         return None
+    if each.settings.max_model_len is None:
+        tokens = min(USEFUL_TOKENS, tokens)
     least_bytes = needed.kv_bytes_for(tokens)
     if least_bytes <= kv_bytes:
         return None
-    message = (
-        f"a request of {tokens} tokens needs {format_size(least_bytes)} on each {each.role} rank, "
-        f"kv_cache_memory is {format_size(kv_bytes)}"
-    )
-    return Found(message, fix=_way_out(needed, kv_bytes, least_bytes))
-
-
-def _way_out(needed: Footprint, kv_bytes: int, least_bytes: int) -> str:
     fits = needed.longest_request_tokens(kv_bytes)
     shorter = f"set max_model_len to {fits} or less, or " if fits else ""
-    return f"{shorter}set kv_cache_memory to {_mebibytes(least_bytes)}MiB or more"
+    return Found(
+        f"a request of {tokens} tokens needs {format_size(least_bytes)} on each {each.role} rank, "
+        f"kv_cache_memory is {format_size(kv_bytes)}",
+        fix=f"{shorter}set kv_cache_memory to {-(-least_bytes // 1024**2)}MiB or more",
+    )
 
 
-def _mebibytes(num_bytes: int) -> int:
-    return -(-num_bytes // _MEBIBYTE)
-
-
-def _with_tier(context: Context) -> Iterator[RoleEngines]:
-    return (each for each in engines(context) if each.host_tier_bytes)
-
-
-def _size(each: RoleEngines) -> str:
-    return format_size(each.host_tier_bytes)
+def _lone_tier(each: RoleEngines) -> str:
+    size = format_size(each.host_tier_bytes)
+    is_lone = each.host_tier_bytes and not each.settings.enable_prefix_caching
+    return f"{_TIER} is {size}, but enable_prefix_caching is false" if is_lone else ""
 
 
 # fmt: off
@@ -249,7 +219,8 @@ RULES = (
     error("PD201", "Sleep mode is on, but the CuMem allocator that it needs is off.",
         "Sleep frees the physical memory of weights and KV cache and keeps the addresses. Only "
         "CuMem pools can do this.",
-        over=engines, when=lambda each: each.cumem_allocator is None, at="enable_cumem_allocator",
+        over=Context.roles, when=lambda each: each.cumem_allocator is None,
+        at="enable_cumem_allocator",
         message="enable_sleep_mode is on, but enable_cumem_allocator is false",
         fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
         "off.", source="The CUDA driver's virtual memory management.", on_vllm=True),
@@ -286,8 +257,7 @@ RULES = (
         "set.",
         "A request that needs more blocks than the cache has can never run. The engine refuses it "
         "although it is within max_model_len.",
-        over=engines, when=lambda each: _too_small(each, _wanted_tokens(each)),
-        at="kv_cache_memory",
+        over=Context.roles, when=_too_small, at="kv_cache_memory",
         fix="Raise kv_cache_memory, or lower max_model_len.",
         source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
     error("PD210", "Ranks that share a GPU need more memory than it has.",
@@ -313,7 +283,7 @@ RULES = (
     warning("PD222", "An engine of vLLM asks for nearly all of a GPU.",
         "The whole share has to be free at the start of the engine, but contexts of CUDA and NCCL "
         "already hold some GB then. The engine exits at every attempt.",
-        over=on_cuda,
+        over=Context.on_cuda,
         when=lambda each: not each.is_native
         and each.settings.gpu_memory_utilization > MOST_OF_A_GPU,
         at="gpu_memory_utilization",
@@ -335,10 +305,7 @@ RULES = (
         "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),
     error("PD220", "The host tier does not work without the prefix cache.",
         "It stores and finds blocks by the hashes that prefix caching computes.",
-        over=_with_tier,
-        when=lambda each: not each.settings.enable_prefix_caching
-        and f"{_TIER} is {_size(each)}, but enable_prefix_caching is false",
-        at="enable_prefix_caching",
+        over=Context.roles, when=_lone_tier, at="enable_prefix_caching",
         fix="Switch enable_prefix_caching on, or remove kv_offload.",
         source="The host tier is content-addressed by the hashes of the prefix cache."),
 )

@@ -10,11 +10,9 @@ from pdlaunch.checks import (
     pair_rules,
     running_rules,
     settings_rules,
-    transfer_rules,
 )
-from pdlaunch.checks.context import Need, make_context
 from pdlaunch.checks.probed import Probes
-from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
+from pdlaunch.checks.rule import SEVERITIES, Finding, Need, Rule, make_context
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_values
 
 NO_VLLM = "PD611"
@@ -32,7 +30,6 @@ _RULES = (
     *memory_rules.RULES,
     *pair_rules.RULES,
     *machine_rules.RULES,
-    *transfer_rules.RULES,
     *engine_rules.RULES,
     *running_rules.RULES,
 )
@@ -55,7 +52,6 @@ class NotChecked:
     """A rule that could not be checked."""
 
     rule: str
-    title: str
     needs: tuple[Need, ...]
     reason: str  # the reason why the first of these facts is missing
 
@@ -103,7 +99,7 @@ def run_checks(
             missing = rule.missing(first)
             on = f"{', '.join(gaps)}: " if gaps[0] else ""
             reason = f"{on}{first.missing[missing[0]]}"
-            not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
+            not_checked.append(NotChecked(rule.code, missing, reason))
     # If vLLM is missing, all other findings about vLLM would be guesses.
     findings = [each for each in findings if each.rule == NO_VLLM] or findings
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))

@@ -1,10 +1,9 @@
 """Rules PD65x and PD66x check a running deployment; ``pdlaunch doctor`` uses them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair, is_slow
-from pdlaunch.checks.rule import Found, error, info, warning
+from pdlaunch.checks.rule import Context, Found, error, info, warning
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import format_size
 
@@ -20,67 +19,55 @@ _ENOUGH_ANSWERS = 10
 _CANARY_TOKENS = 4  # a canary requests at most this many tokens from prefill
 
 
-def _deployment(context: Context) -> SeenDeployment:
-    return context.probes.deployment or SeenDeployment((), None)
+def _deployment(context: Context) -> tuple[SeenDeployment]:
+    return (context.probes.deployment or SeenDeployment((), None),)
 
 
 def _engines(context: Context) -> Sequence[SeenEngine]:
-    return _deployment(context).engines
+    return _deployment(context)[0].engines
 
 
 def _pairs(context: Context) -> Sequence[SeenPair]:
-    return _deployment(context).pairs or ()
+    return _deployment(context)[0].pairs or ()
 
 
 def _of(role: Role) -> Callable[[Context], Sequence[SeenEngine]]:
-    return lambda context: _deployment(context).of(role)
+    return lambda context: _deployment(context)[0].of(role)
 
 
 def _differ(
-    context: Context,
-    what: str,
-    value_of: Callable[[SeenEngine], str | None],
+    seen: SeenDeployment,
+    values: Mapping[str, Callable[[SeenEngine], str | None]],
     roles: Sequence[Role] = PAIR,
 ) -> Iterator[Found]:
     """Yield the engines whose value differs from that of the first engine with a value."""
     # Engines that report no value are skipped.
-    engines = [each for role in roles for each in _deployment(context).of(role)]
-    told = [(each, value) for each in engines if (value := value_of(each))]
-    for each, value in told[1:]:
-        first, expected = told[0]
-        if value != expected:
-            yield Found(f"{what} {value}, of {first.name} {expected}", each.name)
+    engines = [each for role in roles for each in seen.of(role)]
+    for what, value_of in values.items():
+        told = [(each, value) for each in engines if (value := value_of(each))]
+        for each, value in told[1:]:
+            first, expected = told[0]
+            if value != expected:
+                yield Found(f"{what} {value}, of {first.name} {expected}", each.name)
 
 
-def _versions(context: Context) -> Iterator[Found]:
-    yield from _differ(context, "kind", lambda each: each.kind)
-    yield from _differ(context, "version", lambda each: each.version)
-
-
-def _models(context: Context) -> Iterator[Found]:
-    yield from _differ(context, "models", lambda each: ", ".join(sorted(each.models)), ROLES)
-    prefill, decode = (
-        min((each.max_model_len for each in _of(role)(context) if each.max_model_len), default=0)
-        for role in PAIR
-    )
+def _models(seen: SeenDeployment) -> Iterator[Found]:
+    yield from _differ(seen, {"models": lambda each: ", ".join(sorted(each.models))}, ROLES)
+    limits = [[each.max_model_len for each in seen.of(role) if each.max_model_len] for role in PAIR]
+    prefill, decode = (min(found, default=0) for found in limits)
     if 0 < decode < prefill:
         yield Found(f"prefill takes {prefill} tokens, decode {decode}", "decode engines")
 
 
-def _caches(context: Context) -> Iterator[Found]:
-    yield from _differ(context, "block size", lambda each: each.block_size)
-    yield from _differ(context, "KV dtype", lambda each: each.cache_dtype)
-
-
-def _seen(context: Context) -> Iterator[Found]:
-    for each in _engines(context):
+def _seen(seen: SeenDeployment) -> Iterator[Found]:
+    for each in seen.engines:
         if not each.problem:
             reads = f", {_reads(each)}" if each.role == "decode" else ""
             kind = {"vllm": "vLLM"}.get(each.kind, each.kind)
             yield Found(f"{kind} {each.version}{reads}", each.name)
-    told = _deployment(context).reported_pairs
+    told = seen.reported_pairs
     yield from (Found(path, pair) for pair, (path, _) in told.items())
-    for pair in _pairs(context):
+    for pair in seen.pairs or ():
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
             unknown = "" if pair.name in told else _NO_TRANSPORT
@@ -96,15 +83,14 @@ def _reads(each: SeenEngine) -> str:
     return f"{format_size(each.bytes_read)} read{pieces}, {told}"
 
 
-def _slow(context: Context) -> Iterator[Found]:
-    for each in _engines(context):
+def _slow(seen: SeenDeployment) -> Iterator[Found]:
+    for each in seen.engines:
         # Engines do not report their link, so all are compared with a link between hosts. A router
         # reports slow pairs of native engines itself: small READs spend their time on other things.
         is_reported = each.label and each.kind == "native"
         if is_slow(each.gigabytes_per_s, "hosts") and not is_reported:
             yield Found(_reads(each), each.name)
-    told = _deployment(context).reported_pairs.items()
-    yield from (Found(slow, pair) for pair, (_, slow) in told if slow)
+    yield from (Found(slow, pair) for pair, (_, slow) in seen.reported_pairs.items() if slow)
 
 
 def _whole_answers(each: SeenEngine) -> Found | None:
@@ -125,18 +111,22 @@ RULES = (
     error("PD651", "Engines are of different kinds or versions.",
         "All engines are healthy, but the handshake of each such pair fails, and decode computes "
         "every prompt itself.",
-        when=_versions,
+        over=_deployment,
+        when=lambda seen: _differ(
+            seen, {"kind": lambda each: each.kind, "version": lambda each: each.version}),
         fix="Run the same engine in the same version everywhere.",
         source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
         needs=("deployment",)),
     error("PD652", "Engines do not serve the same model.",
         "A request names its model, and the router may send it to any engine of a role.",
-        when=_models,
+        over=_deployment, when=_models,
         fix="Serve the same model by the same name. Set max_model_len of prefill to decode's.",
         source="GET /v1/models.", needs=("deployment",)),
     error("PD653", "KV blocks of the engines have different sizes or dtypes.",
         "Blocks are copied as bytes. In another dtype the bytes are other numbers.",
-        when=_caches,
+        over=_deployment,
+        when=lambda seen: _differ(seen, {
+            "block size": lambda each: each.block_size, "KV dtype": lambda each: each.cache_dtype}),
         fix="Start all engines with the same --block-size, --dtype and --kv-cache-dtype.",
         source="vllm:cache_config_info in /metrics.", needs=("deployment",)),
     error("PD654",
@@ -184,7 +174,7 @@ RULES = (
     info("PD660", "An engine or a pair was observed at work.",
         "The speed is the mean of all READs since the start. It is shown after 64 MiB. READs at "
         "the same time share a link.",
-        when=_seen,
+        over=_deployment, when=_seen,
         fix="",
         source="/version and /metrics of each engine, and a canary through each pair.",
         needs=("deployment",)),
@@ -201,7 +191,7 @@ RULES = (
         "0.6 GB/s is half the speed of 10 Gbit Ethernet, and the speed of UCX when it copies "
         "through the host. READs that share a link explain part of such a gap. Routers of "
         "pdlaunch report which pairs were slow when they were measured (PD504).",
-        when=_slow,
+        over=_deployment, when=_slow,
         fix="Look for KV caches in CuMem pools or expandable segments, which NIXL copies through "
         "the host; for values of UCX_TLS and UCX_NET_DEVICES that exclude the fast device; and for "
         "other users of the link.",

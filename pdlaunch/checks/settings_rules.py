@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, engines, on_cuda, shapes
-from pdlaunch.checks.rule import Found, error, info, warning
+from pdlaunch.checks.rule import Context, Found, error, info, warning
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
@@ -16,28 +15,23 @@ CUDA_BLOCK_STEP_TOKENS = 16
 
 
 def _lone_role(context: Context) -> Iterator[Found]:
-    present = [role for role in PAIR if role in context.engines]
-    if len(present) == 1:
-        absent = next(role for role in PAIR if role not in present)
-        count = context.engines[present[0]].replicas
-        engines = f"{count} {present[0]} engine{'' if count == 1 else 's'}"
-        yield Found(f"{engines}, but no {absent} engine", f"{absent}.replicas")
+    for present, absent in (PAIR, reversed(PAIR)):
+        if present in context.engines and absent not in context.engines:
+            count = context.engines[present].replicas
+            engines = f"{count} {present} engine{'' if count == 1 else 's'}"
+            yield Found(f"{engines}, but no {absent} engine", f"{absent}.replicas")
 
 
 def _uneven_heads(context: Context) -> Iterator[Found]:
-    for each, shape in shapes(context):
-        numbers = {
-            "attention heads": shape.num_attention_heads,
-            "intermediate_size": shape.intermediate_size,
-        }
+    for each, shape in context.shapes():
+        numbers = {"attention heads": shape.num_attention_heads}
+        # An outline's intermediate_size may not be that of its experts, and vLLM pads.
+        if not shape.is_outline:
+            numbers["intermediate_size"] = shape.intermediate_size
         for name, number in numbers.items():
-            # An outline's intermediate_size may not be that of its experts, and vLLM pads.
-            if number % each.tp_size and not (shape.is_outline and name == "intermediate_size"):
-                yield Found(
-                    f"tensor_parallel_size {each.tp_size} does not divide the model's "
-                    f"{number} {name}",
-                    each.where("tensor_parallel_size"),
-                )
+            if number % each.tp_size:
+                what = f"tensor_parallel_size {each.tp_size} does not divide the model's "
+                yield Found(f"{what}{number} {name}", each.where("tensor_parallel_size"))
 
 
 def _fitting_heads(shape: ModelShape) -> str:
@@ -70,7 +64,7 @@ RULES = (
         source="The plan of a launch.", on_vllm=True),
     error("PD103", "The model cannot be found or cannot be served.",
         "Every engine would fail while it loads the model.",
-        over=engines,
+        over=Context.roles,
         when=lambda each: (wrong := each.model.error) is not None
         and Found(str(wrong), fix=wrong.fix), at="model",
         fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported "
@@ -84,7 +78,7 @@ RULES = (
     error("PD105", "tensor_parallel_size does not fit the KV heads of the model.",
         "A rank holds whole KV heads. Either every rank holds the same number of heads, or every "
         "head is replicated on the same number of ranks.",
-        over=shapes,
+        over=Context.shapes,
         when=lambda it: it[1].num_kv_heads % it[0].tp_size and it[0].tp_size % it[1].num_kv_heads
         and Found(fix=_fitting_heads(it[1])), at="tensor_parallel_size",
         message="tensor_parallel_size {0.tp_size} does not fit the model's {1.num_kv_heads} KV "
@@ -94,7 +88,7 @@ RULES = (
         on_vllm=True),
     error("PD106", "max_model_len is larger than the model supports.",
         "The model was not trained on positions beyond max_position_embeddings.",
-        over=shapes,
+        over=Context.shapes,
         when=lambda it: (it[0].settings.max_model_len or 0) > it[1].max_position_embeddings
         and not (it[1].is_outline or it[0].has_argument("hf-overrides"))
         and Found(fix=f"set it to {it[1].max_position_embeddings} or less, or leave it out"),
@@ -118,7 +112,7 @@ RULES = (
         "HTTP 200 (measured).", on_vllm=True),
     error("PD108", "block_size is not allowed by the attention backend of the device.",
         "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
-        over=on_cuda,
+        over=Context.on_cuda,
         when=lambda each: each.settings.block_size % CUDA_BLOCK_STEP_TOKENS
         and Found(fix=f"set it to {max(1, round(each.settings.block_size / 16)) * 16}"),
         at="block_size",
@@ -160,8 +154,8 @@ RULES = (
         source="benchmarks/autopilot.py (simulated).", on_vllm=True),
     info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",
-        over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",
-        message="load_format is dummy: the answers are meaningless",
+        over=Context.roles, when=lambda each: each.settings.load_format == "dummy",
+        at="load_format", message="load_format is dummy: the answers are meaningless",
         fix="Remove load_format.", source="load_format.", on_vllm=True),
     error(
         "PD119", "Files of the model are missing, damaged, or do not fit its config.json.",

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair
+from pdlaunch.checks.rule import Context
 from pdlaunch.machine.host import EngineCommand
 from tests.checks.contexts import CPU, GPU, SHAPE, Case, on
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pdlaunch.checks.context import Context, make_context
 from pdlaunch.checks.probed import PairTransport, Probes, SeenDeployment
+from pdlaunch.checks.rule import Context, make_context
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError

@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.checks.context import make_context
 from pdlaunch.checks.probed import Probes
+from pdlaunch.checks.rule import make_context
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import EngineSpec
