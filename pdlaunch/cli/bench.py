@@ -53,8 +53,6 @@ _SPARE = (
     *("tpot_ms_median", "cached_share", "seconds", "e2e_ms_median", "first_gap_ms_p99"),
     *("requests_per_s", "itl_ms_p99", "ttft_ms_p99", "num_requests"),
 )
-_Counts = list[Annotated[int, msgspec.Meta(gt=0)]]
-_Rates = list[Annotated[float, msgspec.Meta(gt=0, lt=1e9)]]
 
 
 def _list_of(kind: Any, example: str) -> Callable[[str], Any]:
@@ -70,7 +68,8 @@ def _list_of(kind: Any, example: str) -> Callable[[str], Any]:
     return read
 
 
-_integers, _numbers = _list_of(_Counts, "1,4,16"), _list_of(_Rates, "0.5,2,8")
+_integers = _list_of(list[Annotated[int, msgspec.Meta(gt=0)]], "1,4,16")
+_numbers = _list_of(list[Annotated[float, msgspec.Meta(gt=0, lt=1e9)]], "0.5,2,8")
 
 
 def read_slo(text: str) -> Goals:
@@ -163,19 +162,16 @@ def serve(
     with _reported_errors() as failures:
         loaded = load_config(config, os.environ, flags)
         key = loaded.config.api_key
+        asked = {
+            **{"input_tokens": input_tokens, "output_tokens": output_tokens, "seed": seed},
+            **{"request_rates": request_rate, "burstiness": burstiness},
+            **{"concurrencies": () if request_rate else concurrency, "trace_speed": trace_speed},
+            **{"num_requests": num_requests, "max_token_id": max_token_id, "goals": goals},
+        }
         options = BenchOptions(
             api_key=None if key is None else key.get_secret_value(),
-            input_tokens=input_tokens or (128,),
-            output_tokens=output_tokens or 32,
-            concurrencies=concurrency or (() if request_rate else (1, 4, 16)),
-            request_rates=request_rate or (),
-            burstiness=burstiness or 1.0,
-            num_requests=num_requests,
-            max_token_id=max_token_id,
-            seed=seed,
-            goals=goals,
             trace=[] if trace is None else read_trace_file(trace)[:num_requests],
-            trace_speed=trace_speed or 1.0,
+            **{name: value for name, value in asked.items() if value is not None},
         )
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,18 +108,8 @@ _TARGET = Annotated[
 ]
 
 
-def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of ``serve``; see ``_with_flags``."""
-    return _with_flags(command, lambda flag: flag.panel != ROUTER)
-
-
-def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of ``router``; see ``_with_flags``."""
-    return _with_flags(command, lambda flag: flag.panel == ROUTER or flag.for_router)
-
-
 def _with_flags(
-    command: Callable[..., None], is_wanted: Callable[[Flag], bool]
+    is_wanted: Callable[[Flag], bool], command: Callable[..., None]
 ) -> Callable[..., None]:
     """Give a typer command the flags for which ``is_wanted`` returns True.
 
@@ -152,6 +143,11 @@ def _with_flags(
     return call
 
 
+# Decorators that give a typer command the flags of ``serve`` or ``router``; see ``_with_flags``
+with_serve_flags = partial(_with_flags, lambda flag: flag.panel != ROUTER)
+with_router_flags = partial(_with_flags, lambda flag: flag.panel == ROUTER or flag.for_router)
+
+
 def refuse_address(flags: Mapping[str, object]) -> None:
     """Raise typer's BadParameter for --host or --port of a deployment that a command starts."""
     given = [flag_name(path) for path in ("host", "port") if path in flags]
@@ -164,8 +160,8 @@ def refuse_address(flags: Mapping[str, object]) -> None:
 def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:
     if setting.is_switch:
         return [_parameter(flag, flag.name, bool), _parameter(flag, f"no-{flag.name}", bool)]
-    kind = next((kind for kind in (int, float) if kind in setting.kinds), str)
-    kind = str if setting.is_size else kind
+    is_number = not setting.is_size
+    kind = next((kind for kind in (int, float) if is_number and kind in setting.kinds), str)
     return [_parameter(flag, flag.name, kind)]
 
 

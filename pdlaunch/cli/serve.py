@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 import threading
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from pdlaunch.cli.findings import StrictOption
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, is_agent_task, joined_agents, serve_task
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import Format, counted, ending_at_errors, print_line, safe, say
+from pdlaunch.cli.output import Format, counted, ending_at_errors, print_json, print_line, safe, say
 from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch, refuse_errors
 from pdlaunch.cli.status import pair_line, status_line
 from pdlaunch.cli.steady_output import standard_input, steady_output
@@ -142,7 +141,13 @@ def _launch(
         # After all checks, so that a refused launch downloads no weights.
         fetch_weights(config, models, fetch_part)
         log_dir = log_dir or new_log_dir(config, launch_id)
-        summary = partial(_summary, resolved, log_dir)
+        summary = partial(
+            ready_rows,
+            model=resolved.served_model_name,
+            connector=config.kv_transfer.connector if resolved.has_pair else None,
+            log_dir=str(log_dir),
+            needs_key=config.api_key is not None or bool(config.api_keys),
+        )
         view = stack.enter_context(ServeView(Console(), summary, reader_of(launch_id)))
         outcome = launch(
             resolved,
@@ -159,19 +164,6 @@ def _launch(
         return outcome
 
 
-def _summary(
-    resolved: ResolvedLaunch, log_dir: Path, status: LaunchStatus
-) -> list[tuple[str, str]]:
-    config = resolved.config
-    return ready_rows(
-        status,
-        model=resolved.served_model_name,
-        connector=config.kv_transfer.connector if resolved.has_pair else None,
-        log_dir=str(log_dir),
-        needs_key=config.api_key is not None or bool(config.api_keys),
-    )
-
-
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     """Print each process of the plan with its devices, ports, command and masked environment."""
     shown = plan_processes(resolved).shown()
@@ -181,8 +173,7 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
             "engines": effective_engines(resolved),
             **msgspec.to_builtins(shown),
         }
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
-        sys.stdout.flush()
+        print_json(document)
         return
     console = Console(soft_wrap=True, highlight=False)
     if resolved.engine_reason:
