@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -101,27 +101,22 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
     """Return the loads of random prompts of one length."""
     token_ids = range(FIRST_TOKEN_ID, options.max_token_id)
 
-    def load(num_requests: int) -> BenchLoad:
+    def load(num_requests: int, **how: Any) -> BenchLoad:
         # Prompts are drawn before the load begins, so that drawing does not delay requests.
         prompts = [rng.choices(token_ids, k=input_tokens) for _ in range(num_requests)]
         requests = [(partial(list[int], prompt), options.output_tokens) for prompt in prompts]
-        return BenchLoad(input_tokens=input_tokens, requests=requests)
+        return BenchLoad(input_tokens=input_tokens, requests=requests, **how)
 
-    num_requests = options.num_requests or 32
-    at_rates = [
-        msgspec.structs.replace(
-            load(num_requests),
-            request_rate=rate,
-            times_s=arrival_times(rate, options.burstiness, num_requests, rng),
-        )
-        for rate in options.request_rates
-    ]
-    at_once = [
+    loads = []
+    for rate in options.request_rates:
+        number = options.num_requests or 32
+        times_s = arrival_times(rate, options.burstiness, number, rng)
+        loads.append(load(number, request_rate=rate, times_s=times_s))
+    for at_once in options.concurrencies:
         # By default four rounds, but at least 8 requests.
-        msgspec.structs.replace(load(options.num_requests or max(8, 4 * n)), concurrency=n)
-        for n in options.concurrencies
-    ]
-    return at_rates + at_once
+        number = options.num_requests or max(8, 4 * at_once)
+        loads.append(load(number, concurrency=at_once))
+    return loads
 
 
 def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Random) -> BenchLoad:
@@ -129,10 +124,9 @@ def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Ra
     limit = max_model_len or math.inf
     fitting = [each for each in options.trace if each.input_length + each.output_length <= limit]
     if not fitting:
-        raise PdlaunchError(
-            f"every request of the trace is longer than max_model_len {limit}: serve the model "
-            "with a larger --max-model-len if it allows it"
-        )
+        reason = f"every request of the trace is longer than max_model_len {limit}"
+        fix = "serve the model with a larger --max-model-len if it allows it"
+        raise PdlaunchError(f"{reason}: {fix}")
     seed, token_ids = rng.randrange(2**32), range(FIRST_TOKEN_ID, options.max_token_id)
     start_ms = fitting[0].timestamp
     return BenchLoad(

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 
 import aiohttp
 import msgspec
@@ -97,10 +97,8 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
             output_tokens = 2 if options.trace else options.output_tokens
             warm_up = await complete(session, model, prompt, output_tokens)
             if warm_up.error is not None:
-                raise PdlaunchError(
-                    f"the deployment refuses a request of {num_tokens} prompt tokens: "
-                    f"{warm_up.error}"
-                )
+                request = f"a request of {num_tokens} prompt tokens"
+                raise PdlaunchError(f"the deployment refuses {request}: {warm_up.error}")
         start_at, num_done, num_all = time.monotonic(), 0, sum(len(load.requests) for load in loads)
 
         async def send(planned: PlannedRequest) -> TimedCompletion:
@@ -138,9 +136,8 @@ async def model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int |
             card = (await response.json(content_type=None))["data"][0]
             model, max_model_len = str(card["id"]), card.get("max_model_len")
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise PdlaunchError(
-            f"{url} does not answer /v1/models: {describe_failure(error)}"
-        ) from error
+        reason = describe_failure(error)
+        raise PdlaunchError(f"{url} does not answer /v1/models: {reason}") from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise PdlaunchError(f"{url} answers /v1/models without a list of models") from error
     return model, max_model_len if type(max_model_len) is int else None
@@ -153,23 +150,18 @@ async def _run(
     done: list[TimedCompletion] = []
     waiting = iter(load.requests)
 
-    async def send_one(planned: PlannedRequest) -> None:
-        done.append(await send(planned))
-
-    async def work() -> None:
-        # Each worker sends its next request when its last one has ended.
-        for planned in waiting:
-            await send_one(planned)
+    async def work(planned: Iterable[PlannedRequest]) -> None:
+        # A worker sends its next request when its last one has ended.
+        for each in planned:
+            done.append(await send(each))  # noqa: PERF401 - all workers append
 
     start_at = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        if load.concurrency is not None:
-            for _ in range(load.concurrency):
-                group.create_task(work())
-        else:
-            for at_s, planned in zip(load.times_s, load.requests, strict=True):
-                await asyncio.sleep(max(0.0, start_at + at_s - time.perf_counter()))
-                group.create_task(send_one(planned))
+        for _ in range(load.concurrency or 0):
+            group.create_task(work(waiting))
+        for at_s in load.times_s:
+            await asyncio.sleep(max(0.0, start_at + at_s - time.perf_counter()))
+            group.create_task(work([next(waiting)]))
     return done, time.perf_counter() - start_at
 
 
@@ -189,10 +181,16 @@ def summarise(
     num_within = sum(map(goals.met_by, done)) if goals else None
     # Equal errors are counted together, so that a thousand equal errors make one line.
     errors = Counter(each.error for each in done if each.error is not None)
-    ttfts_s = [each.ttft_s for each in good]
-    first_gaps_s = [each.all_gaps_s[0] for each in several]
-    itls_s = [gap_s for each in good for gap_s in each.inter_token_s]
-    tpots_s = [sum(each.all_gaps_s) / (each.num_tokens - 1) for each in several]
+    times_s = {
+        "ttft": [each.ttft_s for each in good],
+        "first_gap": [each.all_gaps_s[0] for each in several],
+        "itl": [gap_s for each in good for gap_s in each.inter_token_s],
+        "e2e": [each.e2e_s for each in good],
+        "tpot": [sum(each.all_gaps_s) / (each.num_tokens - 1) for each in several],
+    }
+    figures = {f"{name}_ms_median": quantile_ms(of, 0.5) for name, of in times_s.items()}
+    for name in ("ttft", "first_gap", "itl"):
+        figures[f"{name}_ms_p99"] = quantile_ms(times_s[name], 0.99)
     return BenchRow(
         input_tokens=load.input_tokens,
         concurrency=load.concurrency,
@@ -214,16 +212,9 @@ def summarise(
         ),
         pair_share=_ratio(sum(kind == "pair" for kind, _ in routes), len(routes), 3),
         routes=route_shares(routes),
-        ttft_ms_median=quantile_ms(ttfts_s, 0.5),
-        ttft_ms_p99=quantile_ms(ttfts_s, 0.99),
-        first_gap_ms_median=quantile_ms(first_gaps_s, 0.5),
-        first_gap_ms_p99=quantile_ms(first_gaps_s, 0.99),
-        itl_ms_median=quantile_ms(itls_s, 0.5),
-        itl_ms_p99=quantile_ms(itls_s, 0.99),
-        e2e_ms_median=quantile_ms([each.e2e_s for each in good], 0.5),
-        tpot_ms_median=quantile_ms(tpots_s, 0.5),
         output_tokens_per_s=round(sum(each.num_tokens for each in good) / seconds, 1),
         errors=[f"{count} x {reason}" for reason, count in errors.most_common(_MAX_ERRORS)],
+        **figures,
     )
 
 
@@ -243,8 +234,9 @@ def _ratio(value: float | None, of: float, digits: int) -> float | None:
 
 def without_words(errors: Collection[str]) -> list[str]:
     """Shorten errors to ``12 x HTTP 429``: messages may quote prompts, and users share reports."""
-    pairs = [error.partition(" x ")[::2] for error in errors]
-    return [
-        f"{count} x {reason.partition(':')[0] if reason.startswith('HTTP ') else 'no whole answer'}"
-        for count, reason in pairs
-    ]
+    short = []
+    for error in errors:
+        count, _, reason = error.partition(" x ")
+        is_status = reason.startswith("HTTP ")
+        short.append(f"{count} x {reason.partition(':')[0] if is_status else 'no whole answer'}")
+    return short

@@ -90,17 +90,14 @@ def bench_transfer(options: TransferOptions) -> list[Timing]:
             tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder,
             contextlib.ExitStack() as stack,
         ):
-            settings = KVTransferSettings.model_validate(
-                {
-                    "connector": "nixl" if of_nixl else path,
-                    "nixl": {"path": path if of_nixl else "auto"},
-                    "mooncake": {"protocol": options.mooncake_protocol},
-                    "file": {"directory": folder},
-                    "lease_s": LEASE_S,
-                    "pull_timeout_s": LEASE_S,
-                    "pull_attempts": 1,
-                }
-            )
+            given = {
+                "connector": "nixl" if of_nixl else path,
+                "nixl": {"path": path if of_nixl else "auto"},
+                "mooncake": {"protocol": options.mooncake_protocol},
+                "file": {"directory": folder},
+                **{"lease_s": LEASE_S, "pull_timeout_s": LEASE_S, "pull_attempts": 1},
+            }
+            settings = KVTransferSettings.model_validate(given)
             # Both pairs exist at the same time, so that their pulls can alternate.
             unchecked = settings.model_copy(update={"verify": False})
             pairs = [RankPair(stack, each, options) for each in (unchecked, settings)]
@@ -177,36 +174,30 @@ class RankPair:
     def pull(self, local: list[int], remote: list[int]) -> tuple[float, float]:
         """Grant a lease and pull its blocks; return the times of the pull and of its READ."""
         self._num_pulls += 1
-        name = f"pull-{self._num_pulls}"
+        name, num_tokens = f"pull-{self._num_pulls}", len(local)
         # The hashes are arbitrary, but both sides must have the same ones.
-        hashes = [index.to_bytes(32) for index in range(len(local))]
+        hashes = [index.to_bytes(32) for index in range(num_tokens)]
+        same: Any = {"first_block_index": [0], "block_hashes": hashes, "num_tokens": num_tokens}
         grant = GrantLease(
-            lease_id=LeaseId(name),
-            block_ids=[remote],
-            first_block_index=[0],
-            block_hashes=hashes,
-            num_tokens=len(local),
-            num_readers=1,
-            lease_s=LEASE_S,
+            lease_id=LeaseId(name), block_ids=[remote], num_readers=1, lease_s=LEASE_S, **same
         )
         # The call returns before the checksums are ready; a faster pull waits for them.
         self._call("prefill", "grant", grant)
+        remote_kv = RemoteKV(
+            engine_id=self._engine_id,
+            lease_id=LeaseId(name),
+            host="",
+            port=0,
+            block_ids=[],
+            num_tokens=num_tokens,
+            tp_size=1,
+        )
         command = StartPull(
             pull_id=PullId(name),
             request_id=RequestId(name),
-            remote=RemoteKV(
-                engine_id=self._engine_id,
-                lease_id=LeaseId(name),
-                host="",
-                port=0,
-                block_ids=[],
-                num_tokens=len(local),
-                tp_size=1,
-            ),
+            remote=remote_kv,
             block_ids=[local],
-            first_block_index=[0],
-            block_hashes=hashes,
-            num_tokens=len(local),
+            **same,
         )
         times: tuple[float, float] = self._call("decode", "pull", command)
         self._call("prefill", "await_lease_end")
@@ -256,21 +247,19 @@ class Rank:
             mapped_alone=settings.connector_section.only_maps_memory,
         )
         pages = memory.zeros(num_blocks * layout.block_bytes).view(getattr(torch, options.dtype))
-        name = f"{role}-0/rank-0"
+        engine, name = f"{role}-0", f"{role}-0/rank-0"
+        self._role = role
+        self._identity = RankIdentity(name, engine, engine_id, incarnation=1, tp_rank=0, tp_size=1)
         self._reports: queue.SimpleQueue[ToSupervisor] = queue.SimpleQueue()
         self._woken = threading.Event()
         spec = EngineSpec(
-            name=f"{role}-0",
+            name=engine,
             role=role,
             model_dir=".",
             served_model_name="bench",
-            load_format="dummy",
             dtype=options.dtype,
             max_model_len=num_blocks * options.block_size,
-            block_size=options.block_size,
-            enable_prefix_caching=False,
             enable_cumem_allocator=False,
-            max_num_seqs=1,
             max_num_batched_tokens=options.block_size,
             device=options.device,
             device_indices=() if on_cpu else (index,),
@@ -281,14 +270,7 @@ class Rank:
         self._transfer = TransferThread(
             native_setup(
                 spec,
-                RankIdentity(
-                    name=name,
-                    engine=spec.name,
-                    engine_id=engine_id,
-                    incarnation=1,
-                    tp_rank=0,
-                    tp_size=1,
-                ),
+                self._identity,
                 pages.view(num_blocks, *layout.block_shape()).normal_(),
                 layout,
                 kv_memory=memory,
@@ -303,21 +285,12 @@ class Rank:
         )
         # The thread opens the connector, which may take seconds on a GPU.
         self._transfer.wait_started(_TIMEOUT_S)
-        self._entry = Entry(
-            name=name,
-            kind="rank",
-            incarnation=1,
-            engine=spec.name,
-            role=role,
-            tp_rank=0,
-            tp_size=1,
-            engine_id=engine_id,
-            address=Address(side_channel=self._transfer.endpoint),
-        )
 
     def entry(self) -> Entry:
         """Return this rank's entry for the registry."""
-        return self._entry
+        me, address = self._identity, Address(side_channel=self._transfer.endpoint)
+        own: Any = {"engine": me.engine, "engine_id": me.engine_id, "role": self._role}
+        return Entry(me.name, "rank", me.incarnation, address=address, **own)
 
     def connect(self, entries: list[Entry]) -> PairReady:
         """Wait until this rank can read from the peer."""

@@ -114,17 +114,14 @@ def _measure(resolved: ResolvedLaunch) -> tuple[PairReady, PairTransport]:
     # The ranks see only the GPUs of the pair: prefill uses the first, decode the last.
     listed = resolved.environ.get(VISIBLE_DEVICES)
     names = listed.split(",") if listed else [str(each.index) for each in resolved.machine.gpus]
-    used = [
-        names[each.engines.gpus[index].index]
-        for each in (prefill, decode)
-        for index in each.device_indices[:1]
+    first = [
+        (it.engines.gpus, index) for it in (prefill, decode) for index in it.device_indices[:1]
     ]
-    visible = {VISIBLE_DEVICES: ",".join(dict.fromkeys(used))} if used else {}
-    said = run_module(
-        "pdlaunch.bench.transfer",
-        json.dumps(options),
-        environ={**resolved.environ, **engines.environment, **visible},
-    )
+    used = [names[gpus[index].index] for gpus, index in first]
+    environ = {**resolved.environ, **engines.environment}
+    if used:
+        environ[VISIBLE_DEVICES] = ",".join(dict.fromkeys(used))
+    said = run_module("pdlaunch.bench.transfer", json.dumps(options), environ=environ)
     pair = msgspec.json.decode(said, type=PairReady)
     return pair, transport_of(pair, prefill, decode)
 

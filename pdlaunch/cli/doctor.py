@@ -1,6 +1,7 @@
 """``pdlaunch doctor``: judge a running deployment, also one that pdlaunch did not start."""
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -83,12 +84,8 @@ def doctor(
     try:
         key = None if engine_key_env is None else os.environ.get(engine_key_env)
         if engine_key_env is not None and not key:
-            raise ConfigError(
-                "the variable is not set, or empty",
-                field="--engine-key-env",
-                value=engine_key_env,
-                fix="export it with the engines' key",
-            )
+            why, fix = "the variable is not set, or empty", "export it with the engines' key"
+            raise ConfigError(why, field="--engine-key-env", value=engine_key_env, fix=fix)
         by_role: dict[Role, list[str] | None] = {"prefill": prefill, "decode": decode, "both": both}
         named = [(role, url) for role, given in by_role.items() for url in given or ()]
         for url in routers or ():
@@ -123,10 +120,8 @@ def _own_launch() -> str:
     urls = sorted(launch.card.url for launch in own_launches(None))
     if len(urls) != 1:
         said = f"several of your launches run: {', '.join(urls)}" if urls else "no launch runs here"
-        raise ConfigError(
-            f"no engine is named, and {said}",
-            fix="give the URL of a pdlaunch router, or --prefill URL --decode URL",
-        )
+        fix = "give the URL of a pdlaunch router, or --prefill URL --decode URL"
+        raise ConfigError(f"no engine is named, and {said}", fix=fix)
     return urls[0]
 
 
@@ -154,12 +149,9 @@ async def _deployments_of(
                 prefix = f"/pdlaunch/engines/{quote(name, safe='')}" if socket_url else ""
                 doors[engine] = AskedAt(socket_url or engine, prefix, name)
         except ProtocolError as error:
-            raise ConfigError(
-                f"not a router of this pdlaunch: {error}",
-                field="URL",
-                value=url,
-                fix="name engines with --prefill and --decode: engines do not report their role",
-            ) from None
+            why = f"not a router of this pdlaunch: {error}"
+            fix = "name engines with --prefill and --decode: engines do not report their role"
+            raise ConfigError(why, field="URL", value=url, fix=fix) from None
         finally:
             await api.close()
     return found, reported_pairs, doors
@@ -189,10 +181,11 @@ async def examine(
     ``keys`` and ``doors``: URL of an engine -> its key, and where to call it.
     """
     places = {url: doors.get(url, AskedAt(url)) for _, url in urls}
-    apis = {
-        url: EngineApi(door.url, keys.get(url), prefix=door.prefix) for url, door in places.items()
-    }
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        apis: dict[str, EngineApi] = {}
+        for url, door in places.items():
+            apis[url] = EngineApi(door.url, keys.get(url), prefix=door.prefix)
+            stack.push_async_callback(apis[url].close)
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         named = (replace(each, label=places[each.url].name) for each in engines)
         seen = SeenDeployment(tuple(named), None)
@@ -205,9 +198,6 @@ async def examine(
             for decode in seen.of("decode")
         ]
         return replace(seen, pairs=tuple(pairs))
-    finally:
-        for api in apis.values():
-            await api.close()
 
 
 async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
@@ -224,6 +214,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
     kind: EngineName = "native" if counts.has(_PROMPT_TOKENS[1]) else "vllm"
     num_bytes, seconds = int(counts.total(*BYTES_READ)), counts.total(*SECONDS_READ)
     num_pieces = _count(counts, _NUM_PIECES)
+    is_measurable = seconds and num_bytes >= MEASURABLE_BYTES
     return SeenEngine(
         role,
         url,
@@ -235,9 +226,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         cache_dtype=counts.label(_CACHE, "cache_dtype"),
         prompt_tokens=_count(counts, *_PROMPT_TOKENS),
         bytes_read=num_bytes,
-        gigabytes_per_s=num_bytes / seconds / 1e9
-        if seconds and num_bytes >= MEASURABLE_BYTES
-        else None,
+        gigabytes_per_s=num_bytes / seconds / 1e9 if is_measurable else None,
         piece_bytes=num_bytes // num_pieces if num_pieces else 0,
         num_expired=_count(counts, *_EXPIRED),
         num_failed=_count(counts, *_FAILED),
@@ -268,11 +257,8 @@ def _transport(url: str) -> str:
     """Return UCX's transport from the log of an engine on this host, or an empty string."""
     if url.startswith(UNIX) or not is_here(url):
         return ""
-    listeners = {
-        each.pid
-        for each in psutil.net_connections("tcp")
-        if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (urlsplit(url).port,)
-    }
+    sockets = [it for it in psutil.net_connections("tcp") if it.status == psutil.CONN_LISTEN]
+    listeners = {it.pid for it in sockets if it.laddr[1:] == (urlsplit(url).port,)}
     found = (transport_of(each) for each in listeners if each is not None)
     return next(filter(None, found), "")
 
@@ -291,14 +277,9 @@ async def _prove(
         pair = replace(pair, problem=str(error))
         params = error.params if isinstance(error, CanaryDied) else {}
     else:
-        pair = replace(
-            pair,
-            num_bytes=proof.num_bytes,
-            is_reported=proof.is_reported,
-            seconds=round(proof.seconds, 3),
-            # UCX prints the transport at the first READ, so it is read after the canary.
-            transport=_transport(decode.url),
-        )
+        # UCX prints the transport at the first READ, so it is read after the canary.
+        pair = replace(pair, transport=_transport(decode.url), seconds=round(proof.seconds, 3))
+        pair = replace(pair, num_bytes=proof.num_bytes, is_reported=proof.is_reported)
         params = proof.params
     host = params.get("remote_host") if prefill.kind == "vllm" else None
     return replace(pair, wrong_address=_wrong_address(host, pair))
@@ -310,10 +291,8 @@ def _wrong_address(host: object, pair: SeenPair) -> str:
         return ""
     if host in WILDCARDS:
         return f"it sends decode to {host}, which is decode's own host"
-    prefill, decode = (
-        "localhost" if is_here(url) else urlsplit(url).hostname or ""
-        for url in (pair.prefill, pair.decode)
-    )
+    urls = (pair.prefill, pair.decode)
+    prefill, decode = ("localhost" if is_here(it) else urlsplit(it).hostname or "" for it in urls)
     if is_loopback(host) and prefill != decode:
         return f"it sends decode on {decode} to {host}, which is decode's own host"
     return ""

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Annotated, NoReturn
 
 import typer
@@ -119,22 +120,13 @@ def _gaps(report: Report) -> list[str]:
 
 
 def _print_json(report: Report, *, ok: bool, assumed: AssumedMachine | None = None) -> None:
-    findings = [
-        {
-            "rule": finding.rule,
-            "severity": finding.severity,
-            "where": _place(finding),
-            "message": finding.message,
-            "fix": finding.fix,
-        }
-        for finding in report.findings
-    ]
-    not_checked = [
-        {"rule": item.rule, "needs": item.needs, "reason": item.reason}
-        for item in report.not_checked
-    ]
+    findings = []
+    for each in report.findings:
+        fields = asdict(replace(each, where=_place(each)))
+        findings.append({name: fields[name] for name in fields if name != "origin"})
     about = assumed and {"name": assumed.name, "about": assumed.about}
-    resolved = report.resolved and {**report.resolved, "not_checked": not_checked, "assumed": about}
+    more = {"not_checked": report.not_checked, "assumed": about}
+    resolved = report.resolved and {**report.resolved, **more}
     if report.measured:
         resolved = {**resolved, "measured": report.measured}
     print_json({"ok": ok, "findings": findings, "resolved": resolved})

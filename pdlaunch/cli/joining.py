@@ -10,7 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,12 +58,12 @@ JOIN_FILE = "join.json"
 _LOOK_S = 0.5
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Agents:
-    """The agents of a launch."""
+    """The agents of a launch, which have all joined."""
 
     channel: AgentChannel
-    joined: dict[str, ResolvedHost] = field(default_factory=dict)
+    joined: dict[str, ResolvedHost]
 
     @property
     def address(self) -> str:
@@ -76,14 +76,12 @@ def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> Loade
     config = loaded.config
     match config.placement:
         case "ray":
-            hosts = ray_hosts(ray_bundles(config))
+            # Ray places the engines: the configuration gets one host for each bundle.
+            placed = {"hosts": ray_hosts(ray_bundles(config)), "placement_strategy": "spread"}
         case "slurm":
-            hosts = slurm.slurm_hosts(environ)
+            placed = {"hosts": slurm.slurm_hosts(environ)}
         case "local" | "hosts":
             return loaded
-    # Ray has placed the engines: the configuration gets one host for each bundle.
-    strategy = "spread" if config.placement == "ray" else config.placement_strategy
-    placed = {"hosts": hosts, "placement_strategy": strategy}
     return replace(loaded, config=config.model_copy(update=placed))
 
 
@@ -102,11 +100,9 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     ends_at = time.monotonic() + config.join_timeout_s
     while not path.exists():
         if time.monotonic() > ends_at:
-            raise StartupError(
-                f"{path} did not appear within {config.join_timeout_s:g} s (join_timeout_s). Task "
-                "0 writes it: start the step in a folder that all nodes share, or name a shared "
-                "file with --join-file"
-            )
+            late = f"{path} did not appear within {config.join_timeout_s:g} s (join_timeout_s)"
+            fix = "start the step in a folder that all nodes share, or name a shared file with "
+            raise StartupError(f"{late}. Task 0 writes it: {fix}--join-file")
         time.sleep(_LOOK_S)
     leave_ends_to_supervisor()
     # The task's own configuration allows executables: the user who started the task wrote it.
@@ -136,11 +132,9 @@ def joined_agents(
         path = slurm.slurm_join_file(config, environ)
     address = config.control_address or default_address()
     if address is None:
-        raise ConfigError(
-            "this host has no address on a default route for agents to join at",
-            field="control_address",
-            fix="set --control-address to the address at which other hosts reach this host",
-        )
+        why = "this host has no address on a default route for agents to join at"
+        fix = "set --control-address to the address at which other hosts reach this host"
+        raise ConfigError(why, field="control_address", fix=fix)
     with contextlib.ExitStack() as stack:
         keys = stack.enter_context(held_join_file(path, config.control_port))
         # Written after the channel listens, because the join file contains its port.
@@ -149,14 +143,11 @@ def joined_agents(
         write_join_files(path, keys, channel.endpoint)
         say(f"waiting for {', '.join(names)} at {channel.endpoint}")
         if config.placement == "hosts":
-            say(
-                f"on each host run\n  pdlaunch agent --join {path} --name NAME\n"
-                "with a copy of that file, which contains a secret"
-            )
-        agents = Agents(channel)
+            command = f"pdlaunch agent --join {path} --name NAME"
+            secret = "with a copy of that file, which contains a secret"
+            say(f"on each host run\n  {command}\n{secret}")
         advice = f"start `pdlaunch agent --join {path}` there"
-        _await_all(agents, names, config.join_timeout_s, advice)
-        yield agents
+        yield _joined(channel, names, config.join_timeout_s, advice)
 
 
 @contextlib.contextmanager
@@ -177,46 +168,39 @@ def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) ->
         stack.enter_context(
             kept_agents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
         )
-        agents = Agents(channel)
         advice = "look at the logs of its actor in Ray"
-        _await_all(agents, names, config.join_timeout_s, advice)
-        yield agents
+        yield _joined(channel, names, config.join_timeout_s, advice)
 
 
 def _listen(
     keys: JoinKeys, address: str, names: Sequence[str], config: LaunchConfig, log_dir: Path
 ) -> AgentChannel:
-    return AgentChannel(
-        keys,
-        address,
-        names,
-        timeout_s=config.agent_timeout_s,
-        print_to=lambda name: log_dir / f"{name.replace('/', '.')}.log",
-    )
+    def log_of(name: str) -> Path:
+        return log_dir / f"{name.replace('/', '.')}.log"
+
+    return AgentChannel(keys, address, names, timeout_s=config.agent_timeout_s, print_to=log_of)
 
 
-def _await_all(agents: Agents, names: Sequence[str], timeout_s: float, advice: str) -> None:
+def _joined(channel: AgentChannel, names: Sequence[str], timeout_s: float, advice: str) -> Agents:
     """Wait until all agents have joined. Raises StartupError that names the missing ones."""
-    ends_at = time.monotonic() + timeout_s
+    ends_at, joined = time.monotonic() + timeout_s, dict[str, ResolvedHost]()
     while (left_s := ends_at - time.monotonic()) > 0:
-        select.select([agents.channel.fileno()], [], [], left_s)
-        for event in agents.channel.take():
+        select.select([channel.fileno()], [], [], left_s)
+        for event in channel.take():
             match event:
                 case Joined(join=join):
-                    agents.joined[join.name] = joined_host(join)
+                    joined[join.name] = joined_host(join)
                     say(f"{join.name} has joined from {join.address}")
                 case Lost(name=name, reason=reason):
-                    agents.joined.pop(name, None)
+                    joined.pop(name, None)
                     say(f"{name} has left: {reason}")
                 case Reported():
                     pass
-        if agents.joined.keys() >= set(names):
-            return
-    missing = ", ".join(name for name in names if name not in agents.joined)
-    raise StartupError(
-        f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and check "
-        f"that {agents.channel.endpoint} can be reached"
-    )
+        if joined.keys() >= set(names):
+            return Agents(channel, joined)
+    missing = ", ".join(name for name in names if name not in joined)
+    late = f"{missing} did not join within {timeout_s:g} s (join_timeout_s)"
+    raise StartupError(f"{late}: {advice}, and check that {channel.endpoint} can be reached")
 
 
 _REJOIN_DELAY_S = 0.2
@@ -277,14 +261,13 @@ def _serve_sessions(
     if address is None:
         raise StartupError(f"there is no route to the supervisor at {supervisor}")
     machine = probe_machine()
+    found = {name: find_engine_command(path, os.environ) for name, path in executables.items()}
     join = Join(
         name=name,
         address=address,
         machine=replace(machine, num_cpus=min(num_cpus or machine.num_cpus, machine.num_cpus)),
         environ=recorded_environ(os.environ),
-        executables={
-            name: find_engine_command(path, os.environ) for name, path in executables.items()
-        },
+        executables=found,
     )
     while True:
         session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=say)

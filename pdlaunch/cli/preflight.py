@@ -23,16 +23,9 @@ from pdlaunch.machine.profiles import PROFILES, AssumedMachine, find_machine
 from pdlaunch.planning.hosts import count_ranks
 from pdlaunch.planning.resolve import ResolvedLaunch
 
+_ASSUME = f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and similar)."
 AssumeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--assume",
-        metavar="MACHINE",
-        help=(
-            f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and similar)."
-        ),
-        show_default=False,
-    ),
+    str | None, typer.Option("--assume", metavar="MACHINE", help=_ASSUME, show_default=False)
 ]
 
 
@@ -58,11 +51,8 @@ def refuse_running_engines(config: LaunchConfig) -> None:
     """Raise ConfigError for a configuration of ``pdlaunch router``, which launches no engines."""
     for field in ("engines", "engines_file"):
         if getattr(config, field):
-            raise ConfigError(
-                "running engines cannot be part of a launch",
-                field=field,
-                fix=f"run `pdlaunch router` with this configuration, or remove {field}",
-            )
+            fix = f"run `pdlaunch router` with this configuration, or remove {field}"
+            raise ConfigError("running engines cannot be part of a launch", field=field, fix=fix)
 
 
 def refuse_errors(
@@ -84,7 +74,6 @@ def refuse_errors(
     if not report.is_ok(strict=strict):
         num_found = sum(each.severity != "info" for each in report.findings)
         number = num_found if strict else len(report.errors)
-        errors = f"{counted(number, 'error')}{' (--strict)' * strict}; "
-        errors += "`pdlaunch explain CODE` says why"
-        say(f"{undone}: {errors}", "red")
+        errors = f"{counted(number, 'error')}{' (--strict)' * strict}"
+        say(f"{undone}: {errors}; `pdlaunch explain CODE` says why", "red")
         raise typer.Exit(EXIT_FAILED)

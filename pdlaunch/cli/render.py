@@ -4,8 +4,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import typer
@@ -42,16 +43,6 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # Stands for the addresses of pods, which are not known yet (RFC 5737)
 _PLACEHOLDER_ADDRESS = "192.0.2.1"
 
-NameOption = Annotated[
-    str, typer.Option("--name", help="Name of the objects: small letters, digits and dashes.")
-]
-ImageOption = Annotated[str | None, typer.Option("--image", help="Image of all containers.")]
-VolumesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--volume", metavar="SOURCE:/FOLDER", help="Mount a PersistentVolumeClaim, for models."
-    ),
-]
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -59,16 +50,23 @@ app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": [
 @with_serve_flags
 def kubernetes(
     config: Path | None = None,
-    name: NameOption = "pdlaunch",
+    name: str = typer.Option(
+        "pdlaunch", "--name", help="Name of the objects: small letters, digits and dashes."
+    ),
     namespace: str | None = typer.Option(None, "--namespace", help="Namespace of the objects."),
-    image: ImageOption = None,
+    image: str | None = typer.Option(None, "--image", help="Image of all containers."),
     gpu_resource: str = typer.Option(
         "nvidia.com/gpu", "--gpu-resource", help="Resource for GPUs; a rank gets one."
     ),
     rdma_resource: str | None = typer.Option(
         None, "--rdma-resource", help="Resource for RDMA, such as rdma/hca; an engine pod gets one."
     ),
-    volume: VolumesOption = None,
+    volume: list[str] | None = typer.Option(
+        None,
+        "--volume",
+        metavar="SOURCE:/FOLDER",
+        help="Mount a PersistentVolumeClaim, for models.",
+    ),
     cache_claim: str | None = typer.Option(
         None,
         "--cache-claim",
@@ -128,11 +126,8 @@ def _placed(
     placed = place(loaded.config, machines)
     config = placed.config()
     machine, assumed = judged_machine(assume, config)
-    pods = {
-        name: ResolvedHost(name, machine, os.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS)
-        for group in machines.values()
-        for name in group
-    }
+    pod = ResolvedHost("", machine, os.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS)
+    pods = {name: replace(pod, name=name) for group in machines.values() for name in group}
     hosts = planned_hosts(config, machine, os.environ, pods)
     read = read_models if assumed is None else read_models_elsewhere
     resolved = resolve_on(config, hosts, os.environ, read(config, fetch_part))
@@ -141,10 +136,8 @@ def _placed(
     refuse_errors(resolved, loaded.origins, Probes(), undone="not rendered")
     _require_mounted(resolved, options)
     # Write the engine that `auto` chose here: pods may have other executables.
-    settings = {**placed.settings, "engine": resolved.config.engine}
-    return PodLaunch(
-        options, placed, resolved, engine_groups(resolved, machines), _to_yaml([settings])
-    )
+    settings = _to_yaml([{**placed.settings, "engine": resolved.config.engine}])
+    return PodLaunch(options, placed, resolved, engine_groups(resolved, machines), settings)
 
 
 def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
@@ -154,32 +147,24 @@ def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
         model = Path(engines.settings.model).expanduser()
         is_path = model.is_absolute() or engines.settings.model.startswith((".", "~"))
         if is_path and not any(model.is_relative_to(folder) for folder in folders):
-            raise ConfigError(
-                "the model is in a folder that no pod has",
-                field=engines.where("model"),
-                value=str(model),
-                fix=f"mount it with --volume SOURCE:{model.parent}, or name a model of a hub",
-            )
+            why, where = "the model is in a folder that no pod has", engines.where("model")
+            fix = f"mount it with --volume SOURCE:{model.parent}, or name a model of a hub"
+            raise ConfigError(why, field=where, value=str(model), fix=fix)
 
 
 def _join_texts(endpoint: str) -> tuple[str, str]:
     """Return new join keys as two texts: for agents, and for the supervisor."""
-    keys = new_join_keys()
-    port = int(endpoint.rpartition(":")[2])
-    sides = (keys.ticket(endpoint), msgspec.structs.replace(keys, port=port))
+    keys = new_join_keys(int(endpoint.rpartition(":")[2]))
+    sides = (keys.ticket(endpoint), keys)
     agents, supervisor = (msgspec.json.encode(side).decode() + "\n" for side in sides)
     return agents, supervisor
 
 
 def _require_name(name: str, field: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name[:80]!a} is not a name of 1 to 40 small letters, digits and dashes that begins "
-            "with a letter",
-            field=field,
-            value=name,
-            fix=f"{field} my-launch",
-        )
+        form = "1 to 40 small letters, digits and dashes that begins with a letter"
+        why = f"{name[:80]!a} is not a name of {form}"
+        raise ConfigError(why, field=field, value=name, fix=f"{field} my-launch")
     return name
 
 
@@ -189,12 +174,9 @@ def _volumes(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         source, _, folder = text.partition(":")
         if not source or not folder.startswith("/") or folder in found:
-            raise ConfigError(
-                f"{text[:80]!a} does not name a source and another folder than earlier volumes",
-                field="--volume",
-                value=text,
-                fix="--volume models:/models",
-            )
+            why = f"{text[:80]!a} does not name a source and another folder than earlier volumes"
+            fix = "--volume models:/models"
+            raise ConfigError(why, field="--volume", value=text, fix=fix)
         found[folder] = source
     return found
 

@@ -60,12 +60,9 @@ def settings_of(
     given = config.model_dump(mode=mode, exclude_unset=True)
     replicas = {"both": arm.num_both, "prefill": arm.num_prefill, "decode": arm.num_decode}
     for role in ROLES:
-        section = {
-            name: value
-            for name, value in given.get(role, {}).items()
-            if name not in ("tensor_parallel_size", "port")
-        }
-        given[role] = section | {"replicas": replicas[role]}
+        given[role] = given.get(role, {}) | {"replicas": replicas[role]}
+        for name in ("tensor_parallel_size", "port"):
+            given[role].pop(name, None)
     given["tensor_parallel_size"] = arm.tp_size
     if on_cpu:
         # A device is a core here, so an engine gets one thread even if it is alone.

@@ -149,9 +149,8 @@ class Launches(contextlib.ExitStack):
                 ttfts_s += [each.ttft_s for each in done]
             prefill.append((length, statistics.median(ttfts_s)))
         full_s = prefill[-1][1]
-        steps = [
-            (1, _common_step_s(await self._prompts_at_once(num_engines, lengths[-1], _NUM_STEPS)))
-        ]
+        done = await self._prompts_at_once(num_engines, lengths[-1], _NUM_STEPS)
+        steps = [(1, _common_step_s(done))]
         chunk = await self._chunk_tokens(num_engines, lengths[-1], full_s, steps[0][1])
         chunk = min(chunk, engines.max_num_batched_tokens)
         for num_streams in (number for number in _BATCHES if number <= max_seqs):
@@ -232,11 +231,8 @@ class Launches(contextlib.ExitStack):
         if len(errors) == len(counted) and not all(each.startswith(_FULL) for each in errors):
             raise PdlaunchError(f"no request was answered: {errors[0]}")
         await asyncio.sleep(_SETTLE_S)
-        load = BenchLoad(
-            input_tokens=round(statistics.mean(map(len, prompts))),
-            requests=(),
-            request_rate=step.rate,
-        )
+        mean = round(statistics.mean(map(len, prompts)))
+        load = BenchLoad(input_tokens=mean, requests=(), request_rate=step.rate)
         return Probe(
             arm=step.arm.name,
             visit=step.visit,
@@ -262,12 +258,9 @@ class Launches(contextlib.ExitStack):
             limit = max_model_len or 2 * (length + output_tokens)
             output_tokens = min(output_tokens, limit // 2)
             length = min(length, limit - output_tokens)
-            done = await asyncio.gather(
-                *(
-                    complete(session, model, random.choices(tokens, k=length), output_tokens)
-                    for _ in range(number)
-                )
-            )
+            prompts = [random.choices(tokens, k=length) for _ in range(number)]
+            sent = [complete(session, model, prompt, output_tokens) for prompt in prompts]
+            done = await asyncio.gather(*sent)
         if errors := [each.error for each in done if each.error is not None]:
             raise PdlaunchError(f"a request of the load failed: {errors[0]}")
         return done
@@ -286,10 +279,8 @@ def _common_step_s(done: Sequence[TimedCompletion]) -> float:
 
     Tokens are counted, because vLLM's server sends several at once on busy cores.
     """
-    begin_at, end_at = (
-        max(each.tokens_at[0] for each in done),
-        min(each.tokens_at[-1] for each in done),
-    )
+    begin_at = max(each.tokens_at[0] for each in done)
+    end_at = min(each.tokens_at[-1] for each in done)
     num_tokens = sum(begin_at < at_s <= end_at for each in done for at_s in each.tokens_at)
     if num_tokens:
         return (end_at - begin_at) * len(done) / num_tokens

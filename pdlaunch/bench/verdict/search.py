@@ -202,10 +202,10 @@ class Race(msgspec.Struct, frozen=True):
 
     def estimates(self, findings: Findings) -> dict[str, Estimate]:
         found = {}
-        for arm in (each for each in self.arms if each.name not in findings.broken):
-            probes = [probe for probe in findings.probes if probe.arm == arm.name]
+        for name in (arm.name for arm in self.arms if arm.name not in findings.broken):
+            probes = [probe for probe in findings.probes if probe.arm == name]
             if (value := estimate(probes, self.attainment)) is not None:
-                found[arm.name] = value
+                found[name] = value
         return found
 
     def error(self, name: str, measured: Estimate) -> float | None:
@@ -220,38 +220,31 @@ class Race(msgspec.Struct, frozen=True):
         best = max(self.predictions.values(), default=0.0)
         order = sorted(self.arms, key=lambda arm: -known[arm.name])
         # If the model was wrong about a measured arm, its other predictions are not used.
-        errors = [
-            self.error(name, measured) or 0.0
-            for name, measured in self.estimates(findings).items()
-            if (name, 1) in findings.ended
-        ]
+        measured = self.estimates(findings).items()
+        errors = [self.error(*each) or 0.0 for each in measured if (each[0], 1) in findings.ended]
         is_wrong = any(abs(error) > MAX_ERROR for error in errors)
         least = 0.0 if is_wrong else _KEPT_SHARE * best
         kept = {arm.name for arm in order[:MAX_ARMS] if known[arm.name] >= least}
         # The verdict compares the two kinds, so the best arm of each kind stays.
         for kind in ("aggregated", "split"):
             kept |= {arm.name for arm in [each for each in order if each.kind == kind][:1]}
-        return {
-            name: "no time"
-            if is_wrong
-            else f"predicted {rate:.3g} requests/s, {1 - rate / best:.0%} below the best"
-            for name, rate in self.predictions.items()
-            if name not in kept
-        }
+        out = {name: rate for name, rate in self.predictions.items() if name not in kept}
+        if is_wrong:
+            return dict.fromkeys(out, "no time")
+        text = "predicted {:.3g} requests/s, {:.0%} below the best"
+        return {name: text.format(rate, 1 - rate / best) for name, rate in out.items()}
 
     def _pending_visits(self, findings: Findings) -> list[tuple[Arm, int]]:
         out = self.ruled_out(findings)
         racing = [arm for arm in self.arms if arm.name not in {*out, *findings.broken}]
         racing.sort(key=lambda arm: -self.predictions.get(arm.name, math.inf))
-        begun = {probe.arm for probe in findings.probes}
-        if (
-            findings.spent_s >= self.budget_s
-            and len({arm.kind for arm in racing if arm.name in begun}) > 1
-        ):
+        names = {probe.arm for probe in findings.probes}
+        begun = [arm for arm in racing if arm.name in names]
+        if findings.spent_s >= self.budget_s and len({arm.kind for arm in begun}) > 1:
             if findings.spent_s >= self.limit_s:
                 return []
             # The time is over, and both kinds have begun: begin no further arms.
-            racing = [arm for arm in racing if arm.name in begun]
+            racing = begun
         first = [(arm, 1) for arm in racing if (arm.name, 1) not in findings.ended]
         if first:
             return first + [(arm, 2) for arm in reversed(racing)]

@@ -82,18 +82,13 @@ def _predict(race: Race, findings: Findings, launches: Launches, show: ShowProgr
     """Predict the arms, once single engines and a hand-over have been measured."""
     if race.predictions or race.next_single(findings) is not None:
         return
+    hand_over_s, asked = findings.hand_over_s or 0.0, (launches.goals, race.attainment)
+    jobs_at, policy = launches.load.jobs_at, launches.policy
     for arm in race.arms:
-        if arm.tp_size in findings.figures:
+        if figures := findings.figures.get(arm.tp_size):
             show(f"{arm.name}: predicting its goodput")
-            race.predictions[arm.name] = predict(
-                arm,
-                findings.figures[arm.tp_size],
-                findings.hand_over_s or 0.0,
-                launches.load.jobs_at,
-                launches.goals,
-                race.attainment,
-                launches.policy,
-            )
+            found = predict(arm, figures, hand_over_s, jobs_at, *asked, policy)
+            race.predictions[arm.name] = found
 
 
 def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
@@ -112,14 +107,10 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
         text += f" {winner} is limited by: {limits[winner]}."
     left = {arm.name: "the search ended earlier" for arm in race.arms if arm.name not in measured}
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
-    return Verdict(
-        choice=choice,
-        text=text,
-        winner=winner if choice != "unknown" else None,
-        rows=rows,
-        ruled_out={**left, **ruled_out, **race.ruled_out(findings), **findings.broken},
-        note=_note(race, measured),
-    )
+    out = {**left, **ruled_out, **race.ruled_out(findings), **findings.broken}
+    winner = None if choice == "unknown" else winner
+    note = _note(race, measured)
+    return Verdict(choice=choice, text=text, winner=winner, rows=rows, ruled_out=out, note=note)
 
 
 def _verdict(
@@ -161,12 +152,9 @@ def _verdict(
 def _row(
     arm: Arm, measured: Estimate, race: Race, findings: Findings, limit: str
 ) -> dict[str, Any]:
-    good = [
-        probe
-        for probe in findings.probes
-        if probe.arm == arm.name and probe.rate <= measured.rate * 1.01
-    ]
     # The figures of clients at the highest probed rate up to the goodput.
+    mine = [probe for probe in findings.probes if probe.arm == arm.name]
+    good = [probe for probe in mine if probe.rate <= measured.rate * 1.01]
     row = max(good, key=lambda probe: probe.rate).row if good else None
     error = race.error(arm.name, measured)
     return {
