@@ -79,15 +79,13 @@ def check_config(
 
 def _unmeasurable(resolved: ResolvedLaunch, report: Report) -> str:
     """Return why the pairs of a launch cannot be measured here; empty if they can."""
-    at_start = "so only a start can measure pairs"
+    at_start, roles = "so only a start can measure pairs", resolved.roles.values()
     reasons = {
         "correct the errors first": report.errors,
         "there are no prefill and decode engines": not resolved.has_pair,
         f"kv_transfer.connector is {VLLM_NIXL}, {at_start}": resolved.config.kv_transfer.is_stock,
         f"the launch has several hosts, {at_start}": resolved.spans_hosts,
-        f"the shape of the model is not known, {at_start}": any(
-            engines.shape is None for engines in resolved.roles.values()
-        ),
+        f"the shape of the model is not known, {at_start}": not all(it.shape for it in roles),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -114,10 +112,8 @@ def _measure(resolved: ResolvedLaunch) -> tuple[PairReady, PairTransport]:
     # The ranks see only the GPUs of the pair: prefill uses the first, decode the last.
     listed = resolved.environ.get(VISIBLE_DEVICES)
     names = listed.split(",") if listed else [str(each.index) for each in resolved.machine.gpus]
-    first = [
-        (it.engines.gpus, index) for it in (prefill, decode) for index in it.device_indices[:1]
-    ]
-    used = [names[gpus[index].index] for gpus, index in first]
+    on_gpu = [it for it in (prefill, decode) if it.device_indices]
+    used = [names[it.engines.gpus[it.device_indices[0]].index] for it in on_gpu]
     environ = {**resolved.environ, **engines.environment}
     if used:
         environ[VISIBLE_DEVICES] = ",".join(dict.fromkeys(used))

@@ -42,18 +42,14 @@ class ServeCommand(TyperCommand):
         panels: dict[str, list[tuple[str, str]]] = {}
         common = {flag.name for path, flag in all_flags().items() if path in _COMMON}
         shown = [(each, record) for each in self.get_params(ctx) if (record := _record(each, ctx))]
-        others = [
-            parameter
-            for parameter, _ in shown
-            if getattr(parameter, "rich_help_panel", None)
-            and str(parameter.name).replace("_", "-") not in common
-        ]
+        of_panels = {each: getattr(each, "rich_help_panel", None) for each, _ in shown}
+        names = {each: str(each.name).replace("_", "-") for each in of_panels}
+        others = [each for each, panel in of_panels.items() if panel and names[each] not in common]
         hidden = [] if self.is_whole or len(others) < _MANY else others
         for parameter, record in shown:
             if parameter not in hidden:
-                panel = getattr(parameter, "rich_help_panel", None)
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                panels.setdefault(panel or default, []).append(record)
+                panels.setdefault(of_panels[parameter] or default, []).append(record)
         for name, records in panels.items():
             with formatter.section(name):
                 formatter.write_dl(records)
@@ -119,14 +115,11 @@ def _with_flags(
     function has an attribute ``command_class``: the class that typer has to use for it.
     """
     declared_flags = {path: flag for path, flag in all_flags().items() if is_wanted(flag)}
-    own = [
-        p.replace(
-            kind=inspect.Parameter.KEYWORD_ONLY,
-            annotation=_TARGET if p.name == "config" else p.annotation,
-        )
-        for p in inspect.signature(command, eval_str=True).parameters.values()
-        if p.name != "flags"
-    ]
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    del own["flags"]
+    if "config" in own:
+        own["config"] = own["config"].replace(annotation=_TARGET)
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
 
     def call(**values: Any) -> None:
         given = {path: _take(flag, values) for path, flag in declared_flags.items()}
@@ -135,9 +128,10 @@ def _with_flags(
             values["config"] = _split_target(values["config"], flags)
         command(**values, flags=flags)
 
-    declared = [_parameters(all_settings()[path], flag) for path, flag in declared_flags.items()]
+    for path, flag in declared_flags.items():
+        parameters += _parameters(all_settings()[path], flag)
     # typer reads the signature, so no function has to list the flags as parameters.
-    vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
+    vars(call)["__signature__"] = inspect.Signature(parameters)
     vars(call)["command_class"] = ServeCommand
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     return call

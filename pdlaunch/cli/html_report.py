@@ -98,16 +98,14 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
     arms = [row["arm"] for row in found.rows][:NUM_COLOURS]
     probes = sorted(findings.probes, key=lambda probe: probe.rate)
 
-    def curves(figure: str) -> dict[str, list[Point]]:
-        return {
-            arm: [
-                (each.rate, getattr(each.row, figure) or 0.0) for each in probes if each.arm == arm
-            ]
-            for arm in arms
-        }
+    def rates(title: str, caption: str, figure: str, label: str) -> dict[str, Any]:
+        series: dict[str, list[Point]] = {arm: [] for arm in arms}
+        for each in probes:
+            if each.arm in series:
+                series[each.arm].append((each.rate, getattr(each.row, figure) or 0.0))
+        return plot(title, caption, series, "requests sent per second", label)
 
-    rate = "requests sent per second"
-    columns = list(found.rows[0]) if found.rows else []
+    asked, columns = f"The goals: {goals}.", list(found.rows[0]) if found.rows else []
     out = [f"Not measured: {name}: {reason}" for name, reason in found.ruled_out.items()]
     return _render(
         title="pdlaunch verdict",
@@ -117,15 +115,9 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
             for row in found.rows
         },
         plots=[
-            plot(
-                "Share within the goals",
-                f"The goals: {goals}.",
-                curves("good_share"),
-                rate,
-                "share of requests",
-            ),
-            plot("Time to first token, p99", "", curves("ttft_ms_p99"), rate, "ms"),
-            plot("Time between tokens, p99", "", curves("itl_ms_p99"), rate, "ms"),
+            rates("Share within the goals", asked, "good_share", "share of requests"),
+            rates("Time to first token, p99", "", "ttft_ms_p99", "ms"),
+            rates("Time between tokens, p99", "", "itl_ms_p99", "ms"),
         ],
         headings=[name.replace("_", " ") for name in columns],
         rows=[[_cell(row[name]) for name in columns] for row in found.rows],
@@ -145,16 +137,10 @@ def _render(*, facts: Mapping[str, str], **values: object) -> str:
     # Autoescape, because names of models and errors may contain HTML.
     environment = Environment(autoescape=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    return template.render(
-        facts={
-            **facts,
-            "Python": platform.python_version(),
-            "Machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        },
-        version=__version__,
-        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-        **values,
-    )
+    machine = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    here = {"Python": platform.python_version(), "Machine": machine}
+    date = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
+    return template.render(facts={**facts, **here}, version=__version__, date=date, **values)
 
 
 def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
@@ -209,12 +195,8 @@ def plot(
     y_high = max((y for _, y in points), default=0.0) * 1.08 or 1.0
     return {
         **{"title": title, "caption": caption, "x_label": x_label, "y_label": y_label},
-        **{
-            "x_high": x_high,
-            "x_ticks": _ticks(x_high),
-            "y_high": y_high,
-            "y_ticks": _ticks(y_high),
-        },
+        **{"x_high": x_high, "x_ticks": _ticks(x_high)},
+        **{"y_high": y_high, "y_ticks": _ticks(y_high)},
         "lines": {name: points for name, points in series.items() if points},
     }
 

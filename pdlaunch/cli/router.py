@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pdlaunch.cli.flags import with_router_flags
@@ -49,35 +49,25 @@ def router(
     """
     with steady_output(), ending_at_errors():
         if "model" in flags:
-            raise ConfigError(
-                f"{flags['model']} is not a deployment file (.yaml, .yml or .json)",
-                fix="name a file; engines have their models already",
-            )
+            why = f"{flags['model']} is not a deployment file (.yaml, .yml or .json)"
+            raise ConfigError(why, fix="name a file; engines have their models already")
         by_role = {"prefill": prefill, "decode": decode, "both": both}
-        named = [
-            {"role": role, "url": url, "api_key_env": engine_key_env}
-            for role, urls in by_role.items()
-            for url in urls or ()
-        ]
+        named = [(role, url) for role, urls in by_role.items() for url in urls or ()]
         if named:
-            flags["engines"] = named
+            key = {"api_key_env": engine_key_env}
+            flags["engines"] = [{"role": role, "url": url, **key} for role, url in named]
         loaded = load_config(config, os.environ, flags).config
         if files := CertificateFiles.given(loaded.ssl_certfile, loaded.ssl_keyfile):
             files.context()
-        members = _members(loaded, os.environ)
+        if loaded.engines_file is not None:
+            read_engines_file(Path(loaded.engines_file))
+        members = [to_member(engine, os.environ) for engine in loaded.engines]
         model = loaded.served_model_name or asyncio.run(_ask_for_model(members))
         lifeline = standard_input() if stop_on_stdin_eof else None
         raise_open_files()
         setup_logging("router", loaded.log_level, form=loaded.log_format)
         with listening(loaded.host, loaded.port) as listeners, new_run_dir() as folder:
             asyncio.run(_serve(_spec(loaded, model, members, listeners, folder), lifeline))
-
-
-def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:
-    """Return the engines to watch from the start. Raises ConfigError."""
-    if config.engines_file is not None:
-        read_engines_file(Path(config.engines_file))
-    return [to_member(engine, environ) for engine in config.engines]
 
 
 async def _ask_for_model(members: Sequence[Member]) -> str:
@@ -97,11 +87,9 @@ async def _ask_for_model(members: Sequence[Member]) -> str:
             return models[0]
         reasons.append(f"{member.name} serves {', '.join(models) or 'no model'}")
     told = "; ".join(reasons) or "no engine is named by its URL"
-    raise ConfigError(
-        f"no engine reports which model it serves ({told})",
-        field="served_model_name",
-        fix="name the model with --served-model-name, or start the engines first",
-    )
+    why = f"no engine reports which model it serves ({told})"
+    fix = "name the model with --served-model-name, or start the engines first"
+    raise ConfigError(why, field="served_model_name", fix=fix)
 
 
 def _spec(
@@ -115,19 +103,14 @@ def _spec(
     router = router_spec(config, model, listeners)
     for listener in listeners:
         listener.detach()  # the router closes them
-    return AloneSpec(
-        router=router,
-        watch=WatchSettings(
-            served_model_name=model,
-            kind=kind,
-            capabilities=capabilities_over_http(kind),
-            is_exact=config.dtype == "float32",
-        ),
-        engines=members,
-        engines_file=None if config.engines_file is None else Path(config.engines_file),
-        run_dir=run_dir,
-        launch_id=new_launch_id(),
+    watch = WatchSettings(
+        served_model_name=model,
+        kind=kind,
+        capabilities=capabilities_over_http(kind),
+        is_exact=config.dtype == "float32",
     )
+    file = None if config.engines_file is None else Path(config.engines_file)
+    return AloneSpec(router, watch, members, file, run_dir=run_dir, launch_id=new_launch_id())
 
 
 async def _serve(spec: AloneSpec, lifeline: int | None) -> None:

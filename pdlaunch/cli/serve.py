@@ -72,15 +72,11 @@ def serve(
     # A plan is printed completely, even if its reader is slow.
     with contextlib.nullcontext() if dry_run else steady_output(), ending_at_errors():
         if output != "table" and not dry_run:
-            raise ConfigError(
-                f"--format {output} is only for the plan of --dry-run; add --dry-run or remove "
-                "--format"
-            )
+            why = f"--format {output} is only for the plan of --dry-run"
+            raise ConfigError(f"{why}; add --dry-run or remove --format")
         if assume is not None and not dry_run:
-            raise ConfigError(
-                f"--assume {assume[:80]!a} is another machine; nothing can be started there",
-                fix="add --dry-run, or remove --assume",
-            )
+            why = f"--assume {assume[:80]!a} is another machine; nothing can be started there"
+            raise ConfigError(why, fix="add --dry-run, or remove --assume")
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
         by_slurm = loaded.config.placement == "slurm"
@@ -88,9 +84,8 @@ def serve(
             return  # task 0 prints the plan
         machine, assumed = judged_machine(assume, loaded.config)
         if dry_run:
-            resolved = _resolve(loaded, machine, None)[0]
-            is_this = assumed is None
-            probes = probe_launch(resolved, with_ports=False) if is_this else Probes()
+            resolved, _ = _resolve(loaded, machine, None)
+            probes = Probes() if assumed else probe_launch(resolved, with_ports=False)
             refuse_errors(resolved, loaded.origins, probes, strict=strict)
             print_plan(resolved, output)
             return
@@ -168,12 +163,8 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     """Print each process of the plan with its devices, ports, command and masked environment."""
     shown = plan_processes(resolved).shown()
     if output == "json":
-        document = {
-            "engine": resolved.engine_reason,
-            "engines": effective_engines(resolved),
-            **msgspec.to_builtins(shown),
-        }
-        print_json(document)
+        chosen = {"engine": resolved.engine_reason, "engines": effective_engines(resolved)}
+        print_json({**chosen, **msgspec.to_builtins(shown)})
         return
     console = Console(soft_wrap=True, highlight=False)
     if resolved.engine_reason:
@@ -182,10 +173,8 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         ports = "".join(f", {name} port {port or 'free'}" for name, port in process.ports.items())
         place = f"on {process.host}, {' '.join(process.devices) or 'no device'}{ports}"
         console.print(Text.assemble((process.name, "bold"), f" {place}"))
-        environment = " ".join(
-            f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
-        )
-        console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"))
+        pairs = [f"{name}={shlex.quote(value)}" for name, value in process.environment.items()]
+        console.print(Text(f"  {' '.join(pairs)} \\\n  {shlex.join(process.command)}"))
 
 
 # The terminal output of a launch
@@ -222,8 +211,8 @@ class ServeView:
         self._every_s = every_s
         self._start_at = time.monotonic()
         self._status = LaunchStatus(LaunchPhase.STARTING, ())
+        # The last line printed for each process, and its time
         self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
-        """The last line printed for each process, and its time."""
         self._last_line = ""
         self._num_errors = 0
         self._is_draining = False
@@ -259,9 +248,7 @@ class ServeView:
 
     def ready(self, status: LaunchStatus) -> None:
         # In a thread: the router may not know yet, and the supervisor must not wait for it.
-        threading.Thread(
-            target=self._watch, args=(status,), name="status-line", daemon=True
-        ).start()
+        threading.Thread(target=self._watch, args=(status,), daemon=True).start()
 
     def note(self, text: str) -> None:
         self._print(f"{datetime.now():%H:%M:%S}", text)
@@ -311,10 +298,9 @@ class ServeView:
                 self.show_changes()
 
     def _takes_requests(self) -> bool:
-        try:
+        with contextlib.suppress(PdlaunchError):
             return self._read().state == "ok"
-        except PdlaunchError:
-            return False
+        return False
 
     def show_changes(self) -> None:
         """Print the status line if it has changed."""
@@ -323,10 +309,9 @@ class ServeView:
         except PdlaunchError:
             # The router restarts; the supervisor prints that event itself.
             return
-        left = status.in_flight
-        line = f"draining: {counted(left, 'request')} left"
-        if not self._is_draining:
-            line = status_line(status, self._num_errors)
+        left, line = status.in_flight, status_line(status, self._num_errors)
+        if self._is_draining:
+            line = f"draining: {counted(left, 'request')} left"
         self._num_errors = status.errors
         # Neither an unused launch nor a drain without requests prints status lines.
         is_unused = self._is_draining or (not self._last_line and status.requests == 0)
@@ -337,11 +322,8 @@ class ServeView:
 
 def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
     """Return one line: how many processes are ready, and what the others do, as far as it fits."""
-    slow = [
-        process
-        for process in status.processes
-        if process.state not in (ProcessState.READY, ProcessState.EXITED)
-    ]
+    done = (ProcessState.READY, ProcessState.EXITED)
+    slow = [process for process in status.processes if process.state not in done]
     parts = [f"{status.phase} · {elapsed_s:.0f} s"]
     parts.append(f"{len(status.processes) - len(slow)} of {len(status.processes)} ready")
     if status.num_missing_pairs and not slow:

@@ -117,10 +117,8 @@ def deployment_view(
         f"{found.version}  {_time_of_day(found.at)}",
         "bold red" if num_down else "bold",
     )
-    yield line(
-        f"{amount(rates.requests_per_s)} requests/s  "
-        f"{amount(rates.output_tokens_per_s)} tokens/s  {found.in_flight} in flight"
-    )
+    requests, tokens = amount(rates.requests_per_s), amount(rates.output_tokens_per_s)
+    yield line(f"{requests} requests/s  {tokens} tokens/s  {found.in_flight} in flight")
     yield line(
         f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
         f"{counted(found.requests, 'request')}, {counted(found.errors, 'error')}"
@@ -129,13 +127,8 @@ def deployment_view(
     quarter = None if room is None else max(2, room // 4)
     problems, events = troubles(found)[:quarter], found.events[-(quarter or NUM_EVENTS) :]
     # The head has three lines, bottleneck and routes have one each, a table one of headings.
-    num_others = (
-        4
-        + bool(found.routes)
-        + len(problems)
-        + len(events)
-        + min(quarter or 0, len(found.pairs) + 1)
-    )
+    num_others = 4 + bool(found.routes) + min(quarter or 0, len(found.pairs) + 1)
+    num_others += len(problems) + len(events)
     # Engines that are down come first, so that a small screen shows them.
     ordered = sorted(found.engines, key=lambda engine: (not engine.is_down, engine.name))
     engines = [_engine_cells(engine) for engine in ordered]

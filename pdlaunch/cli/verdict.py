@@ -170,9 +170,9 @@ def verdict(
                 arm = next(arm for arm in arms if arm.name == found.winner)
                 text = serve_yaml(arm, loaded.config, on_cpu=on_cpu)
                 _write(output / WINNER, text)
-                for line in text.splitlines()[1:]:
-                    if line.startswith("# "):
-                        say(f"{WINNER}: {line[2:]}")
+                notes = [line for line in text.splitlines()[1:] if line.startswith("# ")]
+                for note in notes:
+                    say(f"{WINNER}: {note[2:]}")
             _show(found, output, form)
     raise typer.Exit(EXIT_INTERRUPTED if is_interrupted else int(found.winner is None))
 
@@ -185,24 +185,18 @@ def _requests(
     vocabulary = 30_000 if engines.shape is None else engines.shape.vocab_size
     token_ids = range(FIRST_TOKEN_ID, min(30_000, vocabulary))
     if prefix >= input_tokens:
-        raise ConfigError(
-            f"a prompt has {input_tokens} tokens", field="--prefix", value=prefix, fix="share fewer"
-        )
+        why = f"a prompt has {input_tokens} tokens"
+        raise ConfigError(why, field="--prefix", value=prefix, fix="share fewer")
     same = TraceRequest(input_tokens - prefix, output_tokens, 0.0)
     found = [same] if trace is None else read_trace_file(trace)
     fitting = [each for each in found if prefix + each.input_length + each.output_length <= limit]
     if not fitting:
-        raise ConfigError(
-            f"every request is longer than max_model_len {limit}",
-            field="--input-tokens" if trace is None else "--trace",
-            fix="ask for fewer tokens, or raise max_model_len",
-        )
+        why = f"every request is longer than max_model_len {limit}"
+        field = "--input-tokens" if trace is None else "--trace"
+        raise ConfigError(why, field=field, fix="ask for fewer tokens, or raise max_model_len")
     shared = random.Random(0).choices(token_ids, k=prefix)
-    num_left_out = len(found) - len(fitting)
-    return {
-        **{"requests": fitting, "prefix": shared, "token_ids": token_ids},
-        "num_left_out": num_left_out,
-    }
+    more = {"token_ids": token_ids, "num_left_out": len(found) - len(fitting)}
+    return {"requests": fitting, "prefix": shared, **more}
 
 
 def _digest(load: Load, slo: Any, attainment: float, num_devices: int, engines: RoleEngines) -> str:
@@ -280,8 +274,7 @@ def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, 
     engines = next(iter(resolve_here(alone).roles.values()))
     num_here = engines.machine.num_cpus if engines.device == "cpu" else len(engines.gpus)
     if (gpus or 0) > num_here:
-        what = counted(num_here, "core" if engines.device == "cpu" else "GPU")
-        why = f"this machine has {what}"
+        why = f"this machine has {counted(num_here, 'core' if engines.device == 'cpu' else 'GPU')}"
         raise ConfigError(why, field="--gpus", value=gpus, fix="ask for fewer")
     return engines, gpus or num_here
 
