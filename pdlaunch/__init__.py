@@ -14,24 +14,15 @@ The names in ``__all__`` are the public API; everything else is private and may 
 imported when they are first used, so that ``import pdlaunch`` stays cheap.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pdlaunch.api import (
-        ConfigError,
-        Launch,
-        LoadedConfig,
-        PdlaunchError,
-        Plan,
-        Report,
-        StartupError,
-        check,
-        load_config,
-        plan,
-    )
+    from pdlaunch.api import Launch, check, load_config, plan
+    from pdlaunch.checks.run import Report
+    from pdlaunch.config.sources import LoadedConfig
+    from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
+    from pdlaunch.planning.plan import Plan
 
 __version__ = "0.1.0"
 

@@ -1,14 +1,12 @@
 """Implements the public Python API. All names are available from ``import pdlaunch``."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from pydantic import SecretStr
 
@@ -18,7 +16,8 @@ from pdlaunch.config import sources
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.settings import VARIABLE_PREFIX, variable_paths
 from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
-from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
+from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.errors import StartupError as StartupError
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.probe import probe_machine
@@ -26,19 +25,6 @@ from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import fetch_weights, read_models
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
-
-__all__ = [
-    "ConfigError",
-    "Launch",
-    "LoadedConfig",
-    "PdlaunchError",
-    "Plan",
-    "Report",
-    "StartupError",
-    "check",
-    "load_config",
-    "plan",
-]
 
 # Extra time for the steps of a launch before and after its own ``startup_timeout_s``
 _START_MARGIN_S = 60.0
@@ -102,7 +88,7 @@ class Launch:
         self._exit = contextlib.ExitStack()
         self._deployment: Deployment | None = None
 
-    def __enter__(self) -> Launch:
+    def __enter__(self) -> Self:
         """Start the deployment and wait until it serves.
 
         Raises StartupError, with the output of ``pdlaunch serve``, if the start fails, and
@@ -113,12 +99,7 @@ class Launch:
         self._deployment = self._exit.enter_context(running)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._exit.close()
         self._deployment = None
 
@@ -171,10 +152,10 @@ def launched(
         # The certificate does not name 127.0.0.1.
         apart = {*keys, "ssl_certfile", "ssl_keyfile"}
         file.write_text(json.dumps({path: masked[path] for path in given if path not in apart}))
+        environ |= {variables[path]: key.get_secret_value() for path, key in keys.items()}
         with running_deployment(
             [str(file)],
-            environ=environ
-            | {variables[path]: key.get_secret_value() for path, key in keys.items()},
+            environ=environ,
             log_dir=config.log_dir,
             host=host,
             port=port,

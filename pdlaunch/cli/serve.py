@@ -4,8 +4,6 @@
 seconds a line with the rates of the deployment.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex
@@ -16,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import typer
@@ -222,7 +221,7 @@ class ServeView:
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(get_renderable=self._start_line, console=console, transient=True)
 
-    def __enter__(self) -> ServeView:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self

@@ -4,8 +4,6 @@ The field's type and constraints check the value, the description explains the s
 ``Flag`` in the annotation gives it a command-line flag. ``config.settings`` derives the rest.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class Flag:
     panel: str = "Engines"  # The heading in ``pdlaunch serve --help``
     metavar: str = ""  # The form of the value in help; follows from the type when empty
     help: str = ""  # The text in help; the field's description when empty. May have ``{role}``.
-    of_role: Flag | None = None  # The flag of a role's override; None for no flag
+    of_role: "Flag | None" = None  # The flag of a role's override; None for no flag
     # ``pdlaunch router`` has the flag too, because the setting matters to a router without a launch
     for_router: bool = False
 
