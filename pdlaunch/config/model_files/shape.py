@@ -183,14 +183,12 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             kind = each.get("model_type")
             message = f"model_type {kind!r} cannot be served by native engines: {reason}"
             raise UnsupportedModelError(message, field="model", value=kind, fix=_USE_VLLM)
-    family = FAMILIES.get(str(config.get("model_type")))
+    kind = config.get("model_type")
+    family = FAMILIES.get(str(kind))
     if family is None:
-        raise UnsupportedModelError(
-            f"model_type {config.get('model_type')!r} is not supported by native engines",
-            field="model",
-            value=config.get("model_type"),
-            fix=f"{_USE_VLLM} Native engines serve {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
-        )
+        message = f"model_type {kind!r} is not supported by native engines"
+        fix = f"{_USE_VLLM} Native engines serve {', '.join(sorted([*FAMILIES, 'gemma3']))}."
+        raise UnsupportedModelError(message, field="model", value=kind, fix=fix)
     return _shape(outer, family.defaults | config, family, read_generation_config(directory))
 
 
@@ -247,7 +245,6 @@ def read_generation_config(directory: Path) -> Config:
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Config:
     """Read the object in a JSON file of a model. Raises ConfigError."""
-    fix = f"Correct {path.name} of the model."
     try:
         # Refuse a link to a device, which may be endless.
         if path.exists() and not path.is_file():
@@ -260,9 +257,9 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Config:
         if not isinstance(content, dict):
             raise TypeError("it is not a JSON object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError):
-            fix = "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
-            fix += "*.safetensors."
+        files = "config.json, tokenizer.json, *.safetensors"
+        layout = f"Name a directory in Hugging Face layout: {files}."
+        fix = layout if isinstance(error, OSError) else f"Correct {path.name} of the model."
         message = f"{path} cannot be read: {error}"
         raise ConfigError(message, field="model", value=str(path.parent), fix=fix) from None
     return content
@@ -273,9 +270,8 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     num_heads = _positive(config, "num_attention_heads")
     num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise _wrong(
-            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
-        )
+        heads = f"num_attention_heads {num_heads}"
+        raise _wrong(f"num_key_value_heads {num_kv_heads} does not divide {heads}")
     num_layers = _positive(config, "num_hidden_layers")
     inner = _positive(config, "intermediate_size")
     head_dim = _positive(config, "head_dim", hidden_size // num_heads)
@@ -298,9 +294,9 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         ("mlp.up_proj", inner, hidden_size, has_mlp_bias),
         ("mlp.down_proj", hidden_size, inner, has_mlp_bias),
     ):
-        layer |= {f"{name}.weight": (rows, columns)} | (
-            {f"{name}.bias": (rows,)} if has_bias else {}
-        )
+        layer[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            layer[f"{name}.bias"] = (rows,)
     others: Shapes = {
         "model.embed_tokens.weight": (vocab_size, hidden_size),
         "model.norm.weight": (hidden_size,),
@@ -350,10 +346,8 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
     except (TypeError, IndexError, ZeroDivisionError) as error:
         raise _wrong(f"layer_types or sliding_window cannot be read ({error})") from None
     if unknown:
-        reason = (
-            f"layers of type {min(unknown, key=str)!r} cannot be served: only full and "
-            "sliding-window attention keep a paged KV cache here"
-        )
+        reason = f"layers of type {min(unknown, key=str)!r} cannot be served: only full and "
+        reason += "sliding-window attention keep a paged KV cache here"
     elif is_short:
         reason = f"layer_types names {len(types)} layers, but num_hidden_layers is {num_layers}"
     elif window is None and _SLIDING in types:
