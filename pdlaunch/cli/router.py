@@ -24,9 +24,8 @@ from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
-from pdlaunch.router.engines_file import read_engines_file, to_member
 from pdlaunch.router.main import AloneSpec, run_alone
-from pdlaunch.router.membership import Member, WatchSettings
+from pdlaunch.router.membership import Member, WatchSettings, read_engines_file, to_member
 
 ASK_TIMEOUT_S = 5.0
 

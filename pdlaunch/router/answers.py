@@ -16,10 +16,10 @@ from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
+from pdlaunch.router.continuation import Transcript
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.policy import Route
 from pdlaunch.router.request_history import RequestRecord
-from pdlaunch.router.transcript import Transcript
 
 MAX_TOLD_ROUTES = 4  # the routes header has the routes of at most this many prompts
 _HEAD = ("id", "object", "created", "model", "choices")
@@ -56,7 +56,7 @@ class ClientAnswer:
         self._extra: dict[str, Any] = {}
 
     async def chunk(
-        self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
+        self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, more_follows: bool
     ) -> None:
         """Pass on one chunk that is new to the client.
 
@@ -91,7 +91,7 @@ class ClientAnswer:
         if not more_follows:
             await self.flush()
 
-    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
+    async def tokens(self, chunk: Chunk, num_tokens: int, more_follows: bool) -> None:
         """Send tokens of choice 0 of prompt 0: a cheaper ``chunk``, if ``takes_tokens`` is true."""
         assert self._stream is not None
         self._clock.tokens(0, num_tokens)

@@ -49,19 +49,14 @@ HISTORY_S = 300.0
 LEAST_TOKENS = 20
 SAME_TIME = 1.1
 
-_FIRST_TOKEN = "pdlaunch_router_time_to_first_token_seconds_bucket"
-_INTER_TOKEN = "pdlaunch_router_inter_token_latency_seconds_bucket"
-_REQUESTS = "pdlaunch_router_request_success_total"
-_ERRORS = "pdlaunch_router_request_errors_total"
-_PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
-_OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
-_GAPS_S = "pdlaunch_router_inter_token_latency_seconds_sum"
-_NUM_GAPS = "pdlaunch_router_inter_token_latency_seconds_count"
-_COMPUTING = "computing@"  # + engine name: seconds in which it computed prompts
-_NAMES = (
-    *(_FIRST_TOKEN, _INTER_TOKEN, _GAPS_S, _NUM_GAPS),
-    *(_REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS),
+_PREFIX = "pdlaunch_router_"
+_NAMES = (  # of the router's metrics, without the prefix
+    *("time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket"),
+    *("inter_token_latency_seconds_sum", "inter_token_latency_seconds_count"),
+    *("request_success_total", "request_errors_total"),
+    *("prompt_tokens_total", "generation_tokens_total"),
 )
+_COMPUTING = "computing@"  # + engine name: seconds in which it computed prompts
 
 _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
 _METRICS = (  # metrics of native engines and of vLLM, by their name here
@@ -149,8 +144,8 @@ class DeploymentView:
             state=self.state(),
             uptime_s=round(time.monotonic() - self._start_at, 1),
             in_flight=self._admission.in_flight,
-            requests=int(sums[_REQUESTS]),
-            errors=int(sums[_ERRORS]),
+            requests=int(sums["request_success_total"]),
+            errors=int(sums["request_errors_total"]),
             engines=[self._engine(engine, pool.clock()) for engine in pool.engines],
             gone=events.gone(),
             pairs=self._pairs(pool.pairs),
@@ -361,12 +356,13 @@ class RateHistory:
     def totals(self) -> tuple[float, Counts]:
         """Return the time and the counters; buckets have the key ``NAME@0.5``, with the bound."""
         sums = dict.fromkeys(_NAMES, 0.0)
-        for sample in self._metrics.samples(_NAMES):
+        for sample in self._metrics.samples([_PREFIX + name for name in _NAMES]):
+            name = sample.name.removeprefix(_PREFIX)
             if "le" in sample.labels:
-                sums[f"{sample.name}@{sample.labels['le']}"] = sample.value
+                sums[f"{name}@{sample.labels['le']}"] = sample.value
             # A closed connection of a client is not an error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
-                sums[sample.name] += sample.value
+                sums[name] += sample.value
         now_at = self._clock()
         for engine in self._pool.engines:
             sums[_COMPUTING + engine.name] = engine.computing_since_start_s(now_at)
@@ -376,6 +372,8 @@ class RateHistory:
         (before_at, before), (now_at, now) = past, self.totals()
         span_s = now_at - before_at
         grown = {word: now[word] - before.get(word, 0.0) for word in now}
+        gaps_s = grown["inter_token_latency_seconds_sum"]
+        num_gaps = grown["inter_token_latency_seconds_count"]
 
         def rate(name: str) -> float:
             return grown[name] / span_s if span_s > 0 else 0.0
@@ -387,16 +385,14 @@ class RateHistory:
         return Rates(
             at=self._wall_clock(),
             span_s=span_s,
-            requests_per_s=rate(_REQUESTS),
-            errors_per_s=rate(_ERRORS),
-            prompt_tokens_per_s=rate(_PROMPT_TOKENS),
-            output_tokens_per_s=rate(_OUTPUT_TOKENS),
-            first_token_ms=times(_FIRST_TOKEN),
-            inter_token_ms=times(_INTER_TOKEN),
-            mean_inter_token_ms=(
-                grown[_GAPS_S] / grown[_NUM_GAPS] * 1e3 if grown[_NUM_GAPS] > 0 else None
-            ),
-            streams=rate(_GAPS_S),
+            requests_per_s=rate("request_success_total"),
+            errors_per_s=rate("request_errors_total"),
+            prompt_tokens_per_s=rate("prompt_tokens_total"),
+            output_tokens_per_s=rate("generation_tokens_total"),
+            first_token_ms=times("time_to_first_token_seconds_bucket"),
+            inter_token_ms=times("inter_token_latency_seconds_bucket"),
+            mean_inter_token_ms=gaps_s / num_gaps * 1e3 if num_gaps > 0 else None,
+            streams=rate("inter_token_latency_seconds_sum"),
         )
 
 

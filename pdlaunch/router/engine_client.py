@@ -128,9 +128,12 @@ def refuse_broken(engine: Engine, chunk: Chunk) -> None:
 
 
 class EngineStream:
-    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection."""
+    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection.
 
-    def __init__(self, engine: Engine, answer: Answer) -> None:
+    ``whole``: a whole answer, which becomes one chunk with all of its fields.
+    """
+
+    def __init__(self, engine: Engine, answer: Answer, whole: bytes | None = None) -> None:
         self.ignored_fields = _ignored_fields(answer)
         self.is_done = False  # the engine has sent ``[DONE]``
         self.report: object = None  # the engine's spans, sent before ``[DONE]``
@@ -138,6 +141,13 @@ class EngineStream:
         self._answer = answer
         self._events = EventDecoder()
         self._pending: deque[bytes] = deque()
+        if whole is not None:
+            chunk: Chunk = msgspec.json.decode(whole)
+            chunk.pop("kv_transfer_params", None)
+            for choice in chunk["choices"]:
+                if "message" in choice:
+                    choice["delta"] = choice.pop("message")
+            self._pending.extend((msgspec.json.encode(chunk), DONE_DATA))
 
     @property
     def has_more(self) -> bool:
@@ -183,25 +193,6 @@ class EngineStream:
         raise EngineFailure(self._engine, reason, may_return=may_return, error=told or {})
 
 
-class WholeAnswer:
-    """Reads a whole answer as a stream of one chunk, with all of its fields."""
-
-    has_more = False
-    report: object = None
-
-    def __init__(self, answer: Answer, raw: bytes) -> None:
-        self.ignored_fields = _ignored_fields(answer)
-        chunk: Chunk = msgspec.json.decode(raw)
-        chunk.pop("kv_transfer_params", None)
-        for choice in chunk["choices"]:
-            if "message" in choice:
-                choice["delta"] = choice.pop("message")
-        self._chunks = [chunk]
-
-    async def next_chunk(self) -> Chunk | None:
-        return self._chunks.pop() if self._chunks else None
-
-
 class EngineClient:
     """Sends the router's requests to engines, each with the key that ``keys`` returns for it."""
 
@@ -238,24 +229,22 @@ class EngineClient:
     @contextlib.asynccontextmanager
     async def stream(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str], *, is_whole: bool
-    ) -> AsyncIterator[EngineStream | WholeAnswer]:
+    ) -> AsyncIterator[EngineStream]:
         """Open a stream, or an answer that ``is_whole``; leaving the block early aborts it."""
         async with _while_alive(engine):
             answer = await self._post(engine, path, body, headers)
             try:
-                stream: EngineStream | WholeAnswer = EngineStream(engine, answer)
-                if is_whole or answer.status != 200:
-                    with blames(engine):
-                        raw = await answer.read()
-                        _refuse_error(engine, answer, raw)
-                        stream = WholeAnswer(answer, raw)
+                with blames(engine):
+                    whole = await answer.read() if is_whole or answer.status != 200 else None
+                    _refuse_error(engine, answer, whole or b"")
+                    stream = EngineStream(engine, answer, whole)
                 yield stream
             except BaseException:
                 answer.close()
                 raise
             # A connection with unread data cannot be used for another call. Closing it tells the
             # engine to abort the request.
-            if isinstance(stream, EngineStream) and stream.is_done:
+            if stream.is_done:
                 answer.leave()
             else:
                 answer.close()

@@ -39,7 +39,6 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.engines_file import follow
 from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -252,7 +251,7 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         membership.add(member, "config")
     tasks = [asyncio.ensure_future(router.view.run())]
     if alone.engines_file is not None:
-        following = follow(alone.engines_file, membership, spec.drain_timeout_s)
+        following = membership.follow(alone.engines_file, spec.drain_timeout_s)
         tasks.append(asyncio.ensure_future(following))
     membership.announce = state.update
     membership.publish()

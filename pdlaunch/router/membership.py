@@ -1,4 +1,5 @@
-"""Makes registries of engines that were started elsewhere, for a router without a supervisor.
+"""Makes registries of engines that were started elsewhere, for a router without a supervisor. They
+are named by their URLs, or listed in ``engines_file``.
 
 ::
 
@@ -10,13 +11,20 @@
 import asyncio
 import contextlib
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from pdlaunch import __version__
+from pdlaunch.config.external import RunningEngine, RunningEngines, named
+from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.roles import EngineName, Role
-from pdlaunch.errors import ProtocolError, RequestError
+from pdlaunch.config.yaml_file import read_yaml
+from pdlaunch.errors import ConfigError, ProtocolError, RequestError
 from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
 from pdlaunch.protocol import control
@@ -29,9 +37,11 @@ ASK_TIMEOUT_S = 10.0
 # Changes within this time, multiplied by the number of engines, are published together. To publish
 # takes 0.04 ms for each engine, and each engine causes it every POLL_S.
 GATHER_S = 0.25e-3
+FILE = "file"
 Results = Mapping[control.Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
+_engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ class WatchedEngine:
     """Holds the state of one engine at the last ``look``. Restarts count as new incarnations."""
 
     member: Member
-    source: str  # ``config`` or ``file``
+    source: str  # ``config`` or FILE
     settings: WatchSettings
     api: EngineApi
     task: asyncio.Task[None] | None = None
@@ -210,14 +220,45 @@ class WatchedMembership:
         # Compare the URL: a request to a replaced engine must not carry its successor's key.
         return watched.member.key if watched and watched.member.url == engine.url else None
 
-    def members(self, source: str) -> dict[str, Member]:
-        return {
-            name: watched.member
-            for name, watched in self._watched.items()
-            if watched.source == source and not watched.is_leaving
-        }
+    async def follow(self, path: Path, drain_timeout_s: float) -> None:
+        """Poll ``engines_file`` until cancelled. While it is invalid, its engines do not change."""
+        latest: list[Member] = []
+        complaint = ""
+        while True:
+            try:
+                engines = await asyncio.to_thread(read_engines_file, path)
+                members = [to_member(engine, os.environ) for engine in engines]
+                if members != latest:
+                    latest = members
+                    await self._set_members(members, drain_timeout_s)
+                complaint = ""
+            except (ConfigError, OSError) as error:
+                if str(error) != complaint:
+                    _logger.error("%s; the engines stay as they are", error)
+                complaint = str(error)
+            await asyncio.sleep(self.settings.poll_s)
 
-    def holder(self, member: Member) -> str | None:
+    async def _set_members(self, members: Sequence[Member], drain_timeout_s: float) -> None:
+        """Drain and remove the file's engines that are not in ``members``, and add new ones."""
+        listed = [each for each in self._watched.values() if each.source == FILE]
+        there = [each.member for each in listed if not each.is_leaving]
+        gone = [member.name for member in there if member not in members]
+        new = [member for member in members if member not in there]
+        # A new engine waits for a removed one only if both have the same name or URL.
+        waiting = [member for member in new if self._holder(member) is not None]
+
+        def add(added: Sequence[Member]) -> None:
+            for member in added:
+                try:
+                    self.add(member, FILE)
+                except RequestError as error:
+                    _logger.error("%s is left out: %s", member.name, error)
+
+        add([member for member in new if member not in waiting])
+        await asyncio.gather(*(self.remove(name, drain_timeout_s) for name in gone))
+        add(waiting)
+
+    def _holder(self, member: Member) -> str | None:
         """Return the engine that has the member's name or URL, leaving ones included, or None."""
         known = [each.member for each in self._watched.values()]
         same = (one.name for one in known if one.name == member.name or one.url == member.url)
@@ -225,7 +266,7 @@ class WatchedMembership:
 
     def add(self, member: Member, source: str) -> None:
         """Begin to watch an engine. Raises RequestError if its name or URL is in use."""
-        if (name := self.holder(member)) is not None:
+        if (name := self._holder(member)) is not None:
             raise RequestError(f"engine {name} already has its name or URL")
         api = EngineApi(member.url, member.key)
         watched = self._watched[member.name] = WatchedEngine(member, source, self.settings, api)
@@ -360,3 +401,44 @@ class WatchedMembership:
             new.version += 1
             self._registry = new
             self.announce(new)
+
+
+def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
+    """Return the member to watch, with its key. Raises ConfigError if the variable is not set."""
+    key = None
+    if engine.api_key_env is not None and not (key := environ.get(engine.api_key_env)):
+        raise ConfigError(
+            f"the key of {engine.name} is missing: {engine.api_key_env} is not set, or empty",
+            field="engines",
+            value=engine.api_key_env,
+            fix=f"set the variable {engine.api_key_env}, or leave api_key_env out",
+        )
+    assert engine.name is not None
+    return Member(engine.name, engine.role, engine.url, key)
+
+
+def read_engines_file(path: Path) -> list[RunningEngine]:
+    """Return the engines that a file lists under ``engines``. Raises ConfigError."""
+    # Messages show no values of the file: a value may be a secret in the wrong place.
+    values, _, problems = read_yaml(path)
+    if problems:
+        raise InvalidConfigError(problems)
+    if set(values) != {"engines"} or not isinstance(engines := values["engines"], list):
+        raise _unusable(path, "it must hold `engines: [{role, url, ...}]` and nothing else")
+    try:
+        return named(_engines.validate_python(tuple(engines)))
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in details)
+    except ValueError as error:
+        reason = str(error)
+    raise _unusable(path, reason)
+
+
+def _unusable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be used: {reason}",
+        field="engines_file",
+        value=str(path),
+        fix="write `engines: [{role: prefill, url: http://HOST:PORT}]`",
+    )

@@ -117,7 +117,8 @@ class EnginePool:
             return True  # the answer will be that no engine is ready
         first = route.prefill or route.decode
         is_full = route.prefill is not None and route.decode.num_unbegun >= MAX_UNBEGUN
-        num_tokens = first.unbegun_tokens + self.num_new_tokens(first, request)
+        num_cached, _ = self.index.find(first, request.tokens)
+        num_tokens = first.unbegun_tokens + max(1, request.num_prompt_tokens - num_cached)
         most = min(AHEAD_TOKENS, AHEAD_S * (first.tokens_per_s or math.inf))
         has_room = not first.unbegun_tokens or num_tokens <= most
         if has_room and not is_full and reserved.isdisjoint(one.key for one in route.engines):
@@ -139,10 +140,6 @@ class EnginePool:
             key=lambda one: (one.health.is_tripped, one.num_works, one.last_pick),
             default=None,
         )
-
-    def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
-        num_cached, _ = self.index.find(engine, request.tokens)
-        return max(1, request.num_prompt_tokens - num_cached)
 
     def has_choice(self, num_tokens: int) -> bool:
         """Return whether cached prefixes can change the choice of engines or ranks for a prompt."""

@@ -13,7 +13,6 @@ Migration is the loop in ``run``.
 import contextlib
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.clients import Client
 from pdlaunch.router.continuation import (
     Continuation,
+    Transcript,
     begin_continuation,
     continue_first_token,
     obstacle,
@@ -39,7 +39,6 @@ from pdlaunch.router.engine_client import (
     EngineFailure,
     EngineRefusal,
     EngineStream,
-    WholeAnswer,
     blames,
     refuse_broken,
 )
@@ -49,10 +48,10 @@ from pdlaunch.router.policy import Hop, Route, RoutingRequest
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_history import EngineCall
 from pdlaunch.router.state import RouterState
-from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
+Begin = Callable[[], None]  # tells that the first token is computed
 DEATH_LISTED_S = 5.0  # how long to wait until the registry shows a reported death
 
 
@@ -98,7 +97,11 @@ class Relay:
         """Answer the prompt: try one route after another until the answer is complete."""
         self._prompt, self._tokens = await self._state.reader.read(self._prompt)
         if self._state.turns.is_fair:
-            await self._wait(client)
+            log, request = self._record.log, self._routing_request()
+            start_at = log.clock()
+            await self._state.turns.wait(client.flow, request, self._prompt.priority)
+            client.waited(log.clock() - start_at)
+            log.add("wait for turn", start_at)
         while not self.transcript.is_done:
             prefill, decode = await self._choose()
             hop: Hop = "prefill" if prefill else "decode"
@@ -114,14 +117,6 @@ class Relay:
                 # A failure after the end of the answer does not matter.
                 if not self.transcript.is_done and not await self._can_continue(hop, failure):
                     raise
-
-    async def _wait(self, client: Client) -> None:
-        """Wait for the turn of the client's API key."""
-        log, request = self._record.log, self._routing_request()
-        start_at = log.clock()
-        await self._state.turns.wait(client.flow, request, self._prompt.priority)
-        client.waited(log.clock() - start_at)
-        log.add("wait for turn", start_at)
 
     def end(self) -> None:
         if self._lease is not None:
@@ -197,13 +192,19 @@ class Relay:
         body = prompt.prefill_body(
             knows_whole_request=not engine.capabilities.is_vllm, sends_first_token=sends_first
         )
-        _, dp_rank = state.pool.index.find(engine, self._tokens)
+        num_cached, dp_rank = state.pool.index.find(engine, self._tokens)
         # Unless the engine failed or refused, it may hold a lease, which must be released.
         may_be_leased = True
         try:
             with (
                 decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
-                self._work(engine, dp_rank) as begin,
+                engine.working(
+                    state.pool.clock,
+                    num_prompt_tokens=prompt.num_prompt_tokens,
+                    num_uncached=max(1, prompt.num_prompt_tokens - num_cached),
+                    dp_rank=dp_rank,
+                    moved=state.turns.take,
+                ) as begin,
                 self._record.call("prefill", engine.name) as call,
             ):
                 try:
@@ -251,11 +252,11 @@ class Relay:
 
     async def _decode(self, engine: Engine) -> None:
         """Stream from an engine, which pulls the blocks, continues a stream, or does all work."""
-        attempt, prompt = self._num_decode_attempts, self._prompt
+        attempt, prompt, state = self._num_decode_attempts, self._prompt, self._state
         self._num_decode_attempts += 1
         is_vllm, continuation = engine.capabilities.is_vllm, self._after_first_token
         if self._must_resume:
-            self._state.metrics.count("migrations")
+            state.metrics.count("migrations")
             logger.info("continues at %s after %d tokens", engine.name, self.transcript.num_tokens)
             continuation = await self._continuation(engine) if is_vllm else None
         extra = self._extra(engine)
@@ -263,7 +264,7 @@ class Relay:
         lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
             self._pulls_from = lease.engine
-            self._record.kv_path = self._state.pool.path(lease.engine, engine)
+            self._record.kv_path = state.pool.path(lease.engine, engine)
         # Ask vLLM for a whole answer if the client wants one: its streams lack some fields.
         is_whole = is_vllm and not prompt.is_stream
         path = prompt.endpoint.path
@@ -271,25 +272,27 @@ class Relay:
             body = prompt.decode_body(extra, is_whole=is_whole)
         else:
             body, path = continuation.body(extra), COMPLETIONS.path
-        _, dp_rank = self._state.pool.index.find(engine, self._tokens)
+        num_cached, dp_rank = state.pool.index.find(engine, self._tokens)
         with (
-            self._work(
-                engine,
-                dp_rank,
-                computes=not extra,
+            engine.working(
+                state.pool.clock,
+                num_prompt_tokens=prompt.num_prompt_tokens,
+                num_uncached=0 if extra else max(1, prompt.num_prompt_tokens - num_cached),
                 num_streams=prompt.num_choices,
+                dp_rank=dp_rank,
                 reports_begin=not is_whole,
+                moved=state.turns.take,
             ) as begin,
             self._record.call("decode", engine.name) as call,
         ):
-            async with self._state.client.stream(
+            async with state.client.stream(
                 engine, path, body, self._headers(attempt, dp_rank), is_whole=is_whole
             ) as stream:
                 self._answer.ignored_fields |= dict.fromkeys(stream.ignored_fields)
                 # The time of a whole answer does not show how fast the engine computes prompts.
                 begin_at_token = None if is_whole else begin
                 await self._relay(engine, stream, lease, call, begin_at_token, continuation)
-        self._state.pool.served(engine)
+        state.pool.served(engine)
 
     async def _continuation(self, engine: Engine) -> Continuation:
         """Return the request with which vLLM continues: prompt and output so far as its prompt."""
@@ -312,10 +315,10 @@ class Relay:
     async def _relay(
         self,
         engine: Engine,
-        stream: EngineStream | WholeAnswer,
+        stream: EngineStream,
         lease: Handover | None,
         call: EngineCall,
-        begin: Callable[[], None] | None,
+        begin: Begin | None,
         continuation: Continuation | None,
     ) -> None:
         """Send the client all new output of the engine, which pulls the blocks of ``lease``."""
@@ -333,7 +336,7 @@ class Relay:
                 with blames(engine):
                     refuse_broken(engine, chunk)
                     continuation.take(chunk)
-            await self._send(engine, chunk, more_follows=stream.has_more, begin=begin)
+            await self._send(engine, chunk, stream.has_more, begin)
         call.add_report(stream.report, self._record.log.clock())
         if lease is not None:
             has_failed = call.attributes(PULL).get("error") is not None
@@ -342,16 +345,11 @@ class Relay:
             raise EngineFailure(engine, "its stream ended too early")
 
     async def _send(
-        self,
-        engine: Engine,
-        chunk: Chunk,
-        *,
-        more_follows: bool = False,
-        begin: Callable[[], None] | None = None,
+        self, engine: Engine, chunk: Chunk, more_follows: bool = False, begin: Begin | None = None
     ) -> None:
         """Send the client the chunk's new output."""
         if self._continues_at is engine and (num_tokens := self.transcript.extend(chunk)):
-            await self._answer.tokens(chunk, num_tokens, more_follows=more_follows)
+            await self._answer.tokens(chunk, num_tokens, more_follows)
             return
         with blames(engine):
             refuse_broken(engine, chunk)
@@ -366,9 +364,7 @@ class Relay:
             if begin is not None:
                 begin()
         if has_output:
-            await self._answer.chunk(
-                self._prompt, self.transcript, chunk, more_follows=more_follows
-            )
+            await self._answer.chunk(self._prompt, self.transcript, chunk, more_follows)
         elif not more_follows:
             await self._answer.flush()
         if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._answer.takes_tokens:
@@ -423,24 +419,4 @@ class Relay:
             | self._state.suspects.header(prompt.origin)
             | {REQUEST_ID_HEADER: hop_id}
             | ({} if dp_rank is None else {DATA_PARALLEL_HEADER: str(dp_rank)})
-        )
-
-    def _work(
-        self,
-        engine: Engine,
-        dp_rank: int | None,
-        *,
-        computes: bool = True,
-        num_streams: int = 0,
-        reports_begin: bool = True,
-    ) -> AbstractContextManager[Callable[[], None]]:
-        pool = self._state.pool
-        return engine.working(
-            pool.clock,
-            num_prompt_tokens=self._prompt.num_prompt_tokens,
-            num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
-            num_streams=num_streams,
-            dp_rank=dp_rank,
-            reports_begin=reports_begin,
-            moved=self._state.turns.take,
         )

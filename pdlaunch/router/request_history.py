@@ -39,8 +39,8 @@ from pdlaunch.observe.spans import (
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace, SpanView
+from pdlaunch.router.continuation import Transcript
 from pdlaunch.router.policy import Hop, Route
-from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 

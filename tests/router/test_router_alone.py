@@ -27,8 +27,14 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.engines_file import follow, read_engines_file
-from pdlaunch.router.membership import Member, Results, WatchedMembership, WatchSettings, judge
+from pdlaunch.router.membership import (
+    Member,
+    Results,
+    WatchedMembership,
+    WatchSettings,
+    judge,
+    read_engines_file,
+)
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.recovery import RecoverySettings
@@ -131,7 +137,7 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(follow(file, alone.watch, 5.0, poll_s=0.01))
+    following = asyncio.ensure_future(alone.watch.follow(file, 5.0))
     try:
         await until(lambda: alone.ready == {"prefill-0", "decode-0"})
         file.write_text("engines: [{role: prefill}]")

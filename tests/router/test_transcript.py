@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.router.answers import merge
-from pdlaunch.router.transcript import Transcript
+from pdlaunch.router.continuation import Transcript
 
 
 def chat_chunk(
