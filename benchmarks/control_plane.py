@@ -27,8 +27,7 @@ import zmq
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.launch.bootstraps import HEARTBEATS, Bootstraps, router_spec
-from pdlaunch.launch.engines.native import light_environment, python_command
-from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.engines import light_environment, python_command, with_peers
 from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.launch.state import Timing

@@ -19,7 +19,7 @@ from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.errors import StartupError as StartupError
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import fetch_weights, read_models

@@ -43,7 +43,6 @@ ROOMS = (
     "launch/render",
     "engine/server",
     "http/watch",
-    "launch/engines",
     "launch/sidecar",
     "launch",
     "router",

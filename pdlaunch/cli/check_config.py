@@ -27,7 +27,7 @@ from pdlaunch.config.problems import nearest, shown_name
 from pdlaunch.config.roles import PAIR
 from pdlaunch.engine.kvcache.groups import num_kv_heads_of_rank
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.engines import kind_of
 from pdlaunch.launch.places import transport_of
 from pdlaunch.machine.facts import VISIBLE_DEVICES
 from pdlaunch.planning.hosts import planned_hosts

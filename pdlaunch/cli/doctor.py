@@ -26,7 +26,7 @@ from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
 from pdlaunch.launch.client.api import own_launches
-from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.ucx_log import transport_of
 from pdlaunch.planning.models import Model

@@ -16,7 +16,7 @@ from pdlaunch.cli.output import counted, say
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.engines import kind_of
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, AssumedMachine, find_machine

@@ -17,7 +17,7 @@ from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.launch.bootstraps import router_spec
-from pdlaunch.launch.engines.plan import capabilities_over_http
+from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.launch.folders import new_launch_id
 from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging

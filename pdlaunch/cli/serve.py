@@ -38,7 +38,7 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.client.api import launch_api, read_status
-from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.engines import plan_processes
 from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import listening

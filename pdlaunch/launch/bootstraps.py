@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
-from pdlaunch.launch.engines.plan import EngineKind
+from pdlaunch.launch.engines import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.certificates import CertificateFiles

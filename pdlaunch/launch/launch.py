@@ -16,8 +16,7 @@ import zmq
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.native import python_command
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes, python_command
 from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost

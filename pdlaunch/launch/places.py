@@ -17,7 +17,7 @@ from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import EngineKind, kind_of
+from pdlaunch.launch.engines import EngineKind, kind_of
 from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models

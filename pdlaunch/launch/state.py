@@ -15,7 +15,7 @@ from typing import Literal
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import Role
 from pdlaunch.launch.bootstraps import HEARTBEATS
-from pdlaunch.launch.engines.plan import EngineKind
+from pdlaunch.launch.engines import EngineKind
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch

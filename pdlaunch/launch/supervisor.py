@@ -14,7 +14,7 @@ import msgspec
 
 from pdlaunch.config.model_files.identity import only_text
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.engines import with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived
 from pdlaunch.launch.observe import observe

@@ -1,4 +1,4 @@
-"""Describes the processes of a launch before they start. ``launch/engines/plan.py`` plans them."""
+"""Describes the processes of a launch before they start. ``launch/engines.py`` plans them."""
 
 from collections.abc import Mapping
 from typing import Literal, Self

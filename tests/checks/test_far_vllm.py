@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.checks.probed import probe_launch
 from pdlaunch.checks.run import run_checks
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.machine.host import EngineCommand
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from tests.checks.cases_of_placement import TRUSTED, far_vllm

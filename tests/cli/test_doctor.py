@@ -14,7 +14,7 @@ import pytest
 from typer.testing import Result
 
 from pdlaunch.cli.doctor import _transport, is_here
-from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines import OF_RUNNING_ENGINES
 from pdlaunch.protocol.process import run_dirs
 from tests.bench.fake_openai import in_thread
 from tests.command_line import invoke

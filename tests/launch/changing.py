@@ -6,8 +6,7 @@ from typing import Any
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.engines.native import NativeEngine
-from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.engines import NativeEngine, plan_processes
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.native import NativeEngine
+from pdlaunch.launch.engines import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.launch.places import EnginePlaces

@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import resolve_on

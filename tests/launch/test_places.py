@@ -9,7 +9,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Observed, Pairs
 from pdlaunch.launch.status import ProcessState

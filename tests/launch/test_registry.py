@@ -2,8 +2,7 @@
 
 import signal
 
-from pdlaunch.launch.engines.native import NativeEngine
-from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.engines import NativeEngine, with_peers
 from pdlaunch.launch.hosts.local import MessageReceived
 from pdlaunch.launch.state import Pairs
 from pdlaunch.planning.plan import Plan

@@ -18,7 +18,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.host import expandable_segments_variable

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.engines import plan_processes
 from tests.checks.contexts import CPU, GPU, on, show
 
 TWO = replace(GPU, gpus=GPU.gpus[:2])

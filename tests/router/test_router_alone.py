@@ -21,7 +21,7 @@ from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
 from pdlaunch.http.watch.engine_api import EngineApi
-from pdlaunch.launch.engines.plan import capabilities_over_http
+from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.protocol.control import Pair, due_pairs
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp

@@ -23,7 +23,7 @@ from pdlaunch.http.watch.canary import (
     send_canary,
 )
 from pdlaunch.http.watch.engine_api import EngineApi, with_version
-from pdlaunch.launch.engines.plan import capabilities_over_http
+from pdlaunch.launch.engines import capabilities_over_http
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 from tests.router.fake_engine import until
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve

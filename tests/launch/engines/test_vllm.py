@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.checks.run import all_rules
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines import OF_RUNNING_ENGINES, kind_of, plan_processes
 from pdlaunch.planning.resolve import effective_engines
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 

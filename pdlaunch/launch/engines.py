@@ -1,24 +1,101 @@
-"""Plans engines of vLLM: each has a sidecar, which starts ``vllm serve`` and reports for it."""
+"""Plans the processes of a launch: native engines with a server and ranks, engines of vLLM with
+sidecars, which start ``vllm serve`` and report for it, and the router.
+
+Supervisor, commands and checks use only ``EngineKind``, not a certain kind of engine.
+"""
 
 import json
 import shutil
+import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 from pydantic import JsonValue
 
+from pdlaunch import __version__
 from pdlaunch.checks import running_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.roles import PAIR
+from pdlaunch.config.roles import PAIR, EngineName
 from pdlaunch.config.vllm_arguments import OFFLOADING, host_tier_of, long_name, vllm_flag_name
-from pdlaunch.launch.engines.native import light_environment, python_command
-from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.control import MAX_PEERS, Capabilities, due_pairs
+
+# Rules PD6xx are about other engines; only these also apply to native engines
+_OF_ALL_KINDS = ("PD610", "PD614", "PD615")
+
+
+class NativeEngine:
+    name = "native"
+
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
+        """Plan the ranks of one engine, then its server, which registers and reports for it."""
+        name, role = engine.name, engine.engines.role
+        ranks = [
+            ProcessSpec(
+                name=f"{name}/rank-{tp_rank}",
+                kind="rank",
+                unit=f"{name}/ranks",
+                engine=name,
+                role=role,
+                tp_rank=tp_rank,
+                tp_size=engine.engines.tp_size,
+                host=engine.host.name,
+                command=python_command("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
+                environment=dict(engine.engines.environment),
+                ports={"side_channel": 0},
+                devices=(device,),
+                num_threads=engine.engines.num_threads,
+            )
+            for tp_rank, device in enumerate(engine.devices)
+        ]
+        server = ProcessSpec(
+            name=name,
+            kind="server",
+            unit=name,
+            engine=name,
+            role=role,
+            tp_size=engine.engines.tp_size,
+            host=engine.host.name,
+            command=python_command("pdlaunch.engine.server", "--name", name),
+            environment=light_environment(),
+            ports={"http": engine.engines.http_port(engine.index)},
+        )
+        return (*ranks, server)
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """Return True for decode ranks, whose handshakes prove the paths to prefill engines."""
+        return process.kind == "rank" and process.role == "decode"
+
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        assert spec is not None
+        return Capabilities(version=__version__, max_num_seqs=spec.max_num_seqs)
+
+    def rules(self) -> Sequence[Rule]:
+        rules = all_rules().values()
+        return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
+
+
+def python_command(*arguments: str) -> tuple[str, ...]:
+    """Return the command that runs a module of this package with this interpreter."""
+    # -P: do not import modules from the current folder.
+    return (sys.executable, "-P", "-m", *arguments)
+
+
+def light_environment() -> dict[str, str]:
+    """Return environment variables for processes without torch: one thread for each library."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
 
 # Rules about running engines, which only `pdlaunch doctor` checks
 OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
@@ -220,3 +297,55 @@ def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
 
 def _as_value(value: JsonValue) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+# All engines of a launch are of one kind.
+EngineKind = NativeEngine | VllmEngine
+
+
+def kind_of(launch: ResolvedLaunch) -> EngineKind:
+    """Return the kind of a launch's engines; if roles differ, rules of both kinds have PD610."""
+    first = next(iter(launch.roles.values()), None)
+    if first is not None and first.settings.engine == "vllm":
+        return VllmEngine(launch)
+    return NativeEngine()
+
+
+def capabilities_over_http(kind: EngineName) -> Capabilities:
+    """Return the capabilities that a router assumes for engines given only by URL."""
+    return CAPABILITIES if kind == "vllm" else Capabilities()
+
+
+def plan_processes(launch: ResolvedLaunch) -> Plan:
+    """Plan every process; ranks come first, because they take longest to start."""
+    kind = kind_of(launch)
+    engines = [process for engine in launch.engines for process in kind.processes(engine)]
+    router = ProcessSpec(
+        name="router",
+        kind="router",
+        unit="router",
+        command=python_command("pdlaunch.router", "--name", "router"),
+        environment=light_environment(),
+        ports={"http": launch.config.port},
+        host=launch.hosts[0].name,
+    )
+    servers_last = sorted(with_peers(engines), key=lambda process: process.kind == "server")
+    return Plan(processes=(*servers_last, router))
+
+
+def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
+    """Limit the ``peers`` of each process if there are too many engines to connect all pairs."""
+    names = {
+        role: {process.engine for process in processes if process.role == role}
+        for role in ("prefill", "decode")
+    }
+    if max(map(len, names.values())) <= MAX_PEERS:
+        return [msgspec.structs.replace(process, peers=None) for process in processes]
+    peers: dict[str, list[str]] = defaultdict(list)
+    for prefill, decode in sorted(due_pairs(names["prefill"], names["decode"])):
+        peers[prefill].append(decode)
+        peers[decode].append(prefill)
+    return [
+        msgspec.structs.replace(process, peers=tuple(peers[process.engine]))
+        for process in processes
+    ]
