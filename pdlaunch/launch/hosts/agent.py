@@ -24,25 +24,8 @@ import msgspec
 import zmq
 
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
+from pdlaunch.launch.hosts import agent_messages as messages
 from pdlaunch.launch.hosts.agent_channel import AgentLease, boot_clock
-from pdlaunch.launch.hosts.agent_messages import (
-    AgentRefused,
-    AgentWelcome,
-    Beat,
-    Exited,
-    FromAgent,
-    Join,
-    Leave,
-    Printed,
-    Said,
-    Send,
-    Session,
-    Signal,
-    Spawn,
-    ToAgent,
-    from_agent,
-    to_agent,
-)
 from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import LocalHost, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
@@ -124,14 +107,14 @@ class AgentSession:
     """Serves one session, from Join to its end; a readable descriptor of ``stops`` ends it."""
 
     ticket: JoinTicket
-    join: Join
+    join: messages.Join
     executables: Mapping[str, str]
     stops: Sequence[int]
     first_wait_s: float  # how long to wait for the answer to Join
     note: Callable[[str], None]
     clock: Callable[[], float] = boot_clock
-    _session: Session = field(default_factory=Session)
-    _welcome: AgentWelcome | None = None
+    _session: messages.Session = field(default_factory=messages.Session)
+    _welcome: messages.AgentWelcome | None = None
     # None until the first process, whose bootstrap has the launch's keys: they secure the control
     # channel between the processes and this agent.
     _host: LocalHost | None = None
@@ -172,30 +155,32 @@ class AgentSession:
             # Kill before sending Leave: the processes may then be started elsewhere at once.
             if self._host is not None:
                 self._host.close()
-            self._send(Leave(reason="its agent was told to end"))
+            self._send(messages.Leave(reason="its agent was told to end"))
             return "told to end"
-        messages = list(self._received())
+        received = list(self._received())
         # Read messages before checking the lease: if this process was stopped, Beats are waiting.
-        for message in messages:
-            if isinstance(message, AgentWelcome) and self._welcome is None:
+        for message in received:
+            if isinstance(message, messages.AgentWelcome) and self._welcome is None:
                 self._welcome = message
                 self._lease = AgentLease(self._asked_at, message.timeout_s)
                 if self._lease.silent_s(now) is not None:
                     # The answer came after this Join's lease had run out: join again.
-                    self._send(Leave(reason="its agent joins again"))
+                    self._send(messages.Leave(reason="its agent joins again"))
                     raise SessionLostError("the supervisor answered too late")
                 self.note(f"joined as {self.join.name}")
-            elif isinstance(message, Beat):
+            elif isinstance(message, messages.Beat):
                 self._lease.renew(message.stamp)
         self._require_lease(now)
-        for message in messages:
-            if isinstance(message, Leave):
+        for message in received:
+            if isinstance(message, messages.Leave):
                 return message.reason
             self._obey(message)
         if self._host is not None:
             if not (self._run_dir / CONTROL_SOCKET).exists():
                 self._host.close()
-                self._send(Leave(reason=f"{self._run_dir}, the folder of its agent, was removed"))
+                self._send(
+                    messages.Leave(reason=f"{self._run_dir}, the folder of its agent, was removed")
+                )
                 raise SessionLostError(f"{self._run_dir}, the folder of this agent, was removed")
             self._report(self._host)
             if now >= self._log_at:
@@ -204,7 +189,7 @@ class AgentSession:
                     self._send_log(self._host, name)
         if self._welcome is not None and now >= self._beat_at:
             self._beat_at = now + self._welcome.beat_s
-            self._send(Beat(stamp=now))
+            self._send(messages.Beat(stamp=now))
         return None
 
     def _next_at(self, now: float) -> float:
@@ -227,31 +212,33 @@ class AgentSession:
             f"the supervisor was silent for {silent_s:.0f} s: its processes here were ended"
         )
 
-    def _obey(self, message: ToAgent) -> None:
+    def _obey(self, message: messages.ToAgent) -> None:
         host = self._host
         match message:
-            case AgentRefused(reason=reason) if self._welcome is None:
+            case messages.AgentRefused(reason=reason) if self._welcome is None:
                 raise StartupError(reason)
-            case AgentRefused(reason=reason):
+            case messages.AgentRefused(reason=reason):
                 raise SessionLostError(reason)
-            case Spawn():
+            case messages.Spawn():
                 self._spawn(message)
-            case Signal(name=name, number=number) if host is not None:
+            case messages.Signal(name=name, number=number) if host is not None:
                 host.signal(name, number)
-            case Send(name=name, frame=frame) if host is not None:
+            case messages.Send(name=name, frame=frame) if host is not None:
                 host.send(name, from_supervisor.decode(frame))
             case _:
                 pass
 
-    def _spawn(self, message: Spawn) -> None:
+    def _spawn(self, message: messages.Spawn) -> None:
         try:
             spec = permitted(message.spec, self.executables)
         except ConfigError as error:
             name = message.spec.name
             self.note(f"{name} is not started: {error}")
             failed = Failed(error=f"{self.join.name} does not start it: {error}")
-            self._send(Said(name=name, frame=to_supervisor.encode(failed)))
-            self._send(Exited(name=name, incarnation=message.incarnation, returncode=_REFUSED))
+            self._send(messages.Said(name=name, frame=to_supervisor.encode(failed)))
+            self._send(
+                messages.Exited(name=name, incarnation=message.incarnation, returncode=_REFUSED)
+            )
             return
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
@@ -284,14 +271,16 @@ class AgentSession:
         # Read exits before messages: after its exit, all messages of a process have arrived.
         exits = host.exits()
         for message in host.messages():
-            self._send(Said(name=message.name, frame=to_supervisor.encode(message.message)))
+            self._send(
+                messages.Said(name=message.name, frame=to_supervisor.encode(message.message))
+            )
         for gone in exits:
             self._report_end(host, gone)
 
     def _report_end(self, host: LocalHost, gone: ProcessExited) -> None:
         self._send_log(host, gone.name, to_the_end=True)
         self._send(
-            Exited(
+            messages.Exited(
                 name=gone.name,
                 incarnation=gone.incarnation,
                 returncode=gone.returncode,
@@ -307,16 +296,16 @@ class AgentSession:
             while (to_the_end or num_parts < _MOST_PARTS) and (part := file.read(_PART_BYTES)):
                 num_parts += 1
                 self._num_sent_bytes[name] += len(part)
-                self._send(Printed(name=name, data=part))
+                self._send(messages.Printed(name=name, data=part))
 
-    def _send(self, message: FromAgent) -> None:
+    def _send(self, message: messages.FromAgent) -> None:
         # ZMQ drops the connection if another program listens at the endpoint. Waiting here would
         # delay the end of the lease, and Ctrl-C.
         with contextlib.suppress(zmq.Again):
-            frames = self._session.frames(from_agent.encode(message))
+            frames = self._session.frames(messages.from_agent.encode(message))
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
-    def _received(self) -> Iterator[ToAgent]:
+    def _received(self) -> Iterator[messages.ToAgent]:
         """Yield the messages that have arrived. Raises SessionLostError if one is missing."""
         while True:
             try:
@@ -325,11 +314,11 @@ class AgentSession:
                 return
             # Refusals are not numbered in this session, and may come from another version.
             with contextlib.suppress(ProtocolError):
-                message = to_agent.decode(frames[-1])
-                if isinstance(message, AgentRefused):
+                message = messages.to_agent.decode(frames[-1])
+                if isinstance(message, messages.AgentRefused):
                     yield message
                     continue
             try:
-                yield to_agent.decode(self._session.payload(frames))
+                yield messages.to_agent.decode(self._session.payload(frames))
             except ProtocolError as error:
                 raise SessionLostError(str(error)) from None

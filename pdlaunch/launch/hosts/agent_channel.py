@@ -25,24 +25,7 @@ from pathlib import Path
 import zmq
 
 from pdlaunch.errors import ProtocolError, StartupError
-from pdlaunch.launch.hosts.agent_messages import (
-    AgentRefused,
-    AgentWelcome,
-    Beat,
-    Exited,
-    FromAgent,
-    Join,
-    Leave,
-    Printed,
-    Said,
-    Send,
-    Session,
-    Signal,
-    Spawn,
-    ToAgent,
-    from_agent,
-    to_agent,
-)
+from pdlaunch.launch.hosts import agent_messages as messages
 from pdlaunch.launch.hosts.join import JoinKeys
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.machine.network import tcp_endpoint
@@ -95,7 +78,7 @@ class AgentLease:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    join: Join
+    join: messages.Join
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +95,7 @@ class Lost:
 @dataclass(frozen=True, slots=True)
 class Reported:
     name: str
-    message: Said | Exited
+    message: messages.Said | messages.Exited
 
 
 AgentEvent = Joined | Lost | Reported
@@ -124,7 +107,7 @@ class _Agent:
     address: str
     identity: bytes
     seen_at: float
-    session: Session
+    session: messages.Session
     stamp: float = 0.0  # stamp of its last Beat
 
 
@@ -152,7 +135,7 @@ class AgentChannel:
         self._clock = clock
         self._agents: dict[bytes, _Agent] = {}  # by the identity of their sockets
         self._events: deque[AgentEvent] = deque()
-        self._outbox: deque[tuple[str, ToAgent]] = deque()
+        self._outbox: deque[tuple[str, messages.ToAgent]] = deque()
         self._closing = False
         self._readable = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -181,7 +164,7 @@ class AgentChannel:
             os.eventfd_read(self._readable)
         return [self._events.popleft() for _ in range(len(self._events))]
 
-    def send(self, name: str, message: ToAgent) -> None:
+    def send(self, name: str, message: messages.ToAgent) -> None:
         """Queue a message for a host; it is dropped if no agent has joined for this host."""
         self._outbox.append((name, message))
         os.eventfd_write(self._wake, 1)
@@ -226,12 +209,12 @@ class AgentChannel:
             if now >= beat_at:
                 beat_at = now + self._beat_s
                 for agent in list(self._agents.values()):
-                    self._send(agent, Beat(stamp=agent.stamp))
+                    self._send(agent, messages.Beat(stamp=agent.stamp))
                     # After ``_receive``: messages from before a stop of this process are counted.
                     if now > ended_by(agent.seen_at, self._timeout_s):
                         self._lose(agent, f"silent for {now - agent.seen_at:.0f} s")
         for agent in list(self._agents.values()):
-            self._send(agent, Leave(reason="the launch is over"))
+            self._send(agent, messages.Leave(reason="the launch is over"))
         self._socket.close()
 
     def _named(self, name: str) -> _Agent | None:
@@ -247,9 +230,9 @@ class AgentChannel:
         self._events.append(event)
         os.eventfd_write(self._readable, 1)
 
-    def _send(self, agent: _Agent, message: ToAgent) -> None:
+    def _send(self, agent: _Agent, message: messages.ToAgent) -> None:
         try:
-            frames = agent.session.frames(to_agent.encode(message))
+            frames = agent.session.frames(messages.to_agent.encode(message))
             self._socket.send_multipart([agent.identity, *frames])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
@@ -264,9 +247,9 @@ class AgentChannel:
             except zmq.Again:
                 return
             agent = self._agents.get(identity)
-            session = Session() if agent is None else agent.session
+            session = messages.Session() if agent is None else agent.session
             try:
-                message = from_agent.decode(session.payload(frames))
+                message = messages.from_agent.decode(session.payload(frames))
                 if agent is None:
                     self._greet(identity, message, session, now)
                 else:
@@ -277,14 +260,18 @@ class AgentChannel:
                 logger.warning("refused agent %s: %s", agent.name if agent else identity, reason)
                 # Use a new session's number: the agent accepts a refusal with any number.
                 with contextlib.suppress(zmq.ZMQError):
-                    refusal = Session().frames(to_agent.encode(AgentRefused(reason=reason)))
+                    refusal = messages.Session().frames(
+                        messages.to_agent.encode(messages.AgentRefused(reason=reason))
+                    )
                     self._socket.send_multipart([identity, *refusal])
                 if agent is not None:
                     self._lose(agent, reason)
 
-    def _greet(self, identity: bytes, message: FromAgent, session: Session, now: float) -> None:
+    def _greet(
+        self, identity: bytes, message: messages.FromAgent, session: messages.Session, now: float
+    ) -> None:
         """Let an agent join. Raises ProtocolError with the reason if it may not."""
-        if not isinstance(message, Join):
+        if not isinstance(message, messages.Join):
             raise ProtocolError("the supervisor does not know this session")
         name = message.name
         if name not in self._names:
@@ -294,7 +281,7 @@ class AgentChannel:
             )
         if (other := self._named(name)) is not None:
             # If that agent was killed, sending fails and removes it, so its successor may join.
-            self._send(other, Beat(stamp=other.stamp))
+            self._send(other, messages.Beat(stamp=other.stamp))
             if self._named(name) is other:
                 wait_s = ended_by(other.seen_at, self._timeout_s) + self._beat_s - now
                 raise ProtocolError(
@@ -303,23 +290,23 @@ class AgentChannel:
                 )
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
         self._emit(Joined(message))
-        self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
+        self._send(agent, messages.AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
 
-    def _handle(self, agent: _Agent, message: FromAgent) -> None:
+    def _handle(self, agent: _Agent, message: messages.FromAgent) -> None:
         match message:
-            case Beat(stamp=stamp):
+            case messages.Beat(stamp=stamp):
                 agent.stamp = stamp
-            case Printed(name=name, data=data):
+            case messages.Printed(name=name, data=data):
                 with (
                     contextlib.suppress(OSError, ValueError),
                     self._print_to(name).open("ab") as log,
                 ):
                     log.write(data)
-            case Leave(reason=reason):
+            case messages.Leave(reason=reason):
                 self._lose(agent, reason, has_ended=True)
-            case Said() | Exited():
+            case messages.Said() | messages.Exited():
                 self._emit(Reported(agent.name, message))
-            case Join():
+            case messages.Join():
                 pass
 
 
@@ -340,7 +327,7 @@ class HostGroup(LocalHost):
         self._name = name
         self._channel = channel
         self._on_change = on_change
-        self._spawned: dict[str, Spawn] = {}  # running processes of other hosts, by name
+        self._spawned: dict[str, messages.Spawn] = {}  # running processes of other hosts, by name
         self._exits: list[ProcessExited] = []
         self._messages: list[MessageReceived] = []
 
@@ -353,21 +340,21 @@ class HostGroup(LocalHost):
     ) -> ProcessExited | None:
         if spec.host == self._name:
             return super().spawn(spec, incarnation, bootstrap)
-        message = Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
+        message = messages.Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         self._spawned[spec.name] = message
         self._channel.send(spec.host, message)
         return None
 
     def signal(self, name: str, signal_number: int) -> None:
         if (spawned := self._spawned.get(name)) is not None:
-            self._channel.send(spawned.spec.host, Signal(name=name, number=signal_number))
+            self._channel.send(spawned.spec.host, messages.Signal(name=name, number=signal_number))
         else:
             super().signal(name, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
         if (spawned := self._spawned.get(name)) is not None:
             frame = from_supervisor.encode(message)
-            self._channel.send(spawned.spec.host, Send(name=name, frame=frame))
+            self._channel.send(spawned.spec.host, messages.Send(name=name, frame=frame))
         else:
             super().send(name, message)
 
@@ -398,7 +385,7 @@ class HostGroup(LocalHost):
                 # An agent may report only the processes of its own host.
                 if spawned is None or spawned.spec.host != host:
                     logger.warning("%s reported on %r, which is not there", host, name[:80])
-                elif isinstance(message, Exited):
+                elif isinstance(message, messages.Exited):
                     del self._spawned[name]
                     end = message.incarnation, message.returncode
                     self._exits.append(ProcessExited(name, *end, last_step=message.last_step))
