@@ -1,7 +1,4 @@
-"""Collects the events of a launch: messages, exits, stop signals, lost folders, the starter's end.
-
-Signal handlers only append; the supervisor's loop acts.
-"""
+"""Collects the events of a launch. Signal handlers only append; the supervisor's loop acts."""
 
 import contextlib
 import math
@@ -80,16 +77,12 @@ class SignalInbox:
 
 @dataclass(eq=False)
 class EventQueue:
-    """Waits for the events of a launch.
-
-    ``lifeline``: read end of a pipe; its end of file requests a stop, because the process that
-    started the launch is gone. ``run_dir``, ``log_dir``: folders whose removal is reported.
-    """
+    """Waits for the events of a launch."""
 
     host: LocalHost
     signals: SignalInbox
-    lifeline: int | None = None
-    run_dir: Path | None = None
+    lifeline: int | None = None  # a pipe that ends when the process that started the launch is gone
+    run_dir: Path | None = None  # the removal of these folders is reported
     log_dir: Path | None = None
 
     def __post_init__(self) -> None:

@@ -116,11 +116,7 @@ class EnginePlaces:
     def plan(
         self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
     ) -> EngineChange:
-        """Plan a change; without starts and stops, there is nothing to do.
-
-        ``serving``, ``drained``: names of engines. Raises ConfigError with the reason if the change
-        is impossible.
-        """
+        """Plan a change; without starts and stops, there is nothing to do. Raises ConfigError."""
         starts: list[Key] = []
         stops: list[PlacedEngine] = []
         home: list[str] = []

@@ -1,7 +1,4 @@
-"""Holds the desired and the observed state of a launch, and names the actions that follow from it.
-
-Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compares the two.
-"""
+"""Holds the desired and the observed state of a launch, which ``reconcile`` compares."""
 
 from __future__ import annotations
 
@@ -265,10 +262,7 @@ class Pairs:
         self.proven = {ends: pair for ends, pair in self.proven.items() if name not in ends}
 
     def missing(self, among: Iterable[str], of: Collection[str] | None = None) -> list[str]:
-        """Return a text for each unproven pair between the engines ``among``, with its last error.
-
-        ``of``: only pairs that include one of these engines.
-        """
+        """Return a text for each unproven pair of engines ``among``, one of which is in ``of``."""
         there, texts = set(among), []
         peers: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
         for pair in self.proven.values():

@@ -109,10 +109,7 @@ def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
 def startup_timeout(
     status: LaunchStatus, timeout_s: float, missing_pairs: Sequence[str]
 ) -> Failure:
-    """Return the failure of a launch that was not ready in time, with what it still waits for.
-
-    ``missing_pairs``: texts, which are shown if all processes are ready.
-    """
+    """Return the failure of a launch that was not ready in time, with what it waits for."""
     done = (ProcessState.READY, ProcessState.EXITED)
     slow = [each for each in status.processes if each.state not in done]
     waiting = [

@@ -57,11 +57,7 @@ def next_registry(current: control.Registry, wanted: Desired, seen: Observed) ->
 
 
 def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry | None:
-    """Return the registry entry of a process; None while it is not reachable.
-
-    The server of an engine that is given up or leaving, or whose model has changed, keeps an
-    entry with the reason.
-    """
+    """Return the entry of a process, or None; a server that cannot work has one with the reason."""
     spec, registration = process.spec, process.registration
     # The registry has no entry for a dead process: for peers, an absent entry is a death.
     state = cast(control.ListedState, process.state.value) if process.alive else None
@@ -107,9 +103,7 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry 
 
 
 def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
-    """Return the part of the registry that a process gets: all of it for a router, else the entries
-    of its own engine and of the engines that exchange KV blocks with it.
-    """
+    """Return what a process gets: all for a router, else its engine's entries and its peers'."""
     if spec.peers is None:
         return registry
     circle = {spec.engine, *spec.peers}
@@ -206,10 +200,7 @@ class Supervisor:
             self.observer.ready(status)
 
     def _publish(self) -> None:
-        """Send the changed parts of the registry, then the answers to commands.
-
-        This order matters: a client that reads "done" must find the change in the registry.
-        """
+        """Send changes of the registry, then answers: who reads "done" must find the change."""
         registry = next_registry(self._registry, self.wanted, self.seen)
         if registry is not self._registry:
             self._registry = registry
@@ -284,10 +275,7 @@ class Supervisor:
 def drive(
     supervisor: Supervisor, wait: Callable[[float], Sequence[Event]], clock: Callable[[], float]
 ) -> None:
-    """Run a launch to its end: wait for events, update the state, perform due actions.
-
-    ``wait`` takes a time-out in seconds and returns the events so far, perhaps none.
-    """
+    """Run a launch to its end; ``wait`` takes a time-out and returns the events so far."""
     supervisor.tick()
     while not supervisor.done:
         # Wake at least once a minute, even if no tick is due.

@@ -1,7 +1,4 @@
-"""Reads devices and their attributes from the CUDA driver, without torch and without a context.
-
-Source: cuda.h of CUDA 12 and 13 (numbers of the attributes).
-"""
+"""Reads devices from the CUDA driver, without torch. Source: cuda.h of CUDA 12 and 13."""
 
 import contextlib
 import ctypes

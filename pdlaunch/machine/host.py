@@ -96,10 +96,7 @@ def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def host_identity(proc: Path = Path("/proc")) -> str:
-    """Return a text that is equal in processes that can use each other's abstract Unix sockets.
-
-    The text has the kernel's boot id and the network namespace; empty if these are not known.
-    """
+    """Return a text that is equal in processes that can use each other's abstract sockets."""
     try:
         boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot_id}/{(proc / 'self/ns/net').stat().st_ino}"

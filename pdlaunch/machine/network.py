@@ -51,11 +51,7 @@ def device_of(address: str) -> str | None:
 
 
 def with_device_names(devices: str) -> str:
-    """Replace the IP addresses in a list by the names of the network devices that have them.
-
-    ``devices`` and the result are separated by commas, as in UCX_NET_DEVICES. Raises LookupError
-    for an address that no device has.
-    """
+    """Replace addresses in a list such as UCX_NET_DEVICES by devices. Raises LookupError."""
     names = []
     for name in devices.split(","):
         with contextlib.suppress(ValueError):
@@ -104,9 +100,7 @@ def listeners() -> frozenset[Listener]:
 
 
 def bind_to_loopback(listener: Listener) -> None:
-    """Make a listening socket drop packets from other hosts, whatever address it listens on.
-
-    Raises OSError.
+    """Make a listening socket drop packets from other hosts. Raises OSError.
 
     Source: SO_BINDTODEVICE in socket(7). Since Linux 5.7 this needs no capability for sockets that
     are not bound to a device yet.
@@ -116,11 +110,9 @@ def bind_to_loopback(listener: Listener) -> None:
 
 
 def admit_one_address(listener: Listener, address: str) -> None:
-    """Make a listening socket and its connections drop packets to any address but this one.
+    """Make a listening socket and its connections drop packets to any other address.
 
-    The effect is like binding to the address, which is impossible for a socket that listens
-    already. Raises OSError.
-
+    A socket that listens already cannot be bound to the address. Raises OSError.
     Source: SO_ATTACH_FILTER in socket(7); linux/filter.h.
     """
     packed = ipaddress.ip_address(address).packed
@@ -172,9 +164,7 @@ def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
 
 
 def foreign_listener(port: int, tables: tuple[Path, ...] = _TABLES) -> int | None:
-    """Return the id of another user, except root, with a process that listens on ``port`` of any
-    address; None if there is no such user.
-    """
+    """Return the id of another user, except root, who listens on ``port``; None: nobody."""
     for _, local, _, state, _, _, _, user, *_ in _lines(tables):
         if state == _LISTENING and _port(local) == port and int(user) not in (0, os.geteuid()):
             return int(user)

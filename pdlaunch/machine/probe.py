@@ -1,7 +1,4 @@
-"""Probes this machine in well under a second, and records the reasons of unknown facts.
-
-Uses neither torch nor a CUDA context. Source: nvml.h of CUDA 12 and 13.
-"""
+"""Probes this machine in well under a second. Source: nvml.h of CUDA 12 and 13."""
 
 import contextlib
 import importlib
@@ -25,10 +22,7 @@ from pdlaunch.machine.host import (
 
 
 def with_free_memory(gpus: tuple[Gpu, ...], library: ModuleType | None = None) -> tuple[Gpu, ...]:
-    """Return the GPUs with their free memory, if NVML knows it.
-
-    ``library``: ``pynvml``, or a fake in tests.
-    """
+    """Return the GPUs with their free memory, if NVML knows it."""
     # NVML numbers GPUs in its own order, so find them by PCI address. A MIG device has the address
     # of the whole GPU, whose free memory is not the device's.
     if all(gpu.pci_bus_id is None or gpu.is_slice for gpu in gpus):

@@ -76,10 +76,7 @@ _SERVERS: Mapping[str, _Server] = {
 
 
 def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
-    """Return the machine of a profile. Raises ConfigError, which names ``field``.
-
-    The profile ``cuda`` without a number has one GPU for each of ``num_ranks``.
-    """
+    """Return a profile's machine; ``cuda`` has ``num_ranks`` GPUs. Raises ConfigError."""
     match = _COUNTED.fullmatch(name.lower())
     kind, number = (match[1], int(match[2])) if match else (name.lower(), None)
     server = _SERVERS.get(kind)

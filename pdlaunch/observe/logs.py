@@ -67,10 +67,7 @@ def setup_logging(
     file: Path | None = None,
     stream: TextIO | None = None,
 ) -> logging.Handler:
-    """Send all records of this process to ``file``, else ``stream``, else standard error.
-
-    ``level`` applies to pdlaunch's loggers; libraries log warnings and errors only.
-    """
+    """Send all records of this process to ``file``, else ``stream``, else standard error."""
     handler = (
         logging.StreamHandler(stream or sys.stderr)
         if file is None
@@ -81,7 +78,7 @@ def setup_logging(
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(logging.WARNING)
+    root.setLevel(logging.WARNING)  # for libraries
     logging.getLogger("pdlaunch").setLevel(level.upper())
     logging.captureWarnings(True)
     # If the disk is full, lines are lost; logging must not print a traceback for each of them.

@@ -51,10 +51,7 @@ def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str
 
 
 class RequestMetrics(Collector):
-    """Counts requests, tokens and latencies of an HTTP process as its clients see them.
-
-    ``prefix`` begins the metrics' names and depends on the kind of process. Not thread-safe.
-    """
+    """Counts requests, tokens and latencies as clients of a process see them. Not thread-safe."""
 
     def __init__(
         self, registry: CollectorRegistry, labels: Mapping[str, str], prefix: str = "pdlaunch_"

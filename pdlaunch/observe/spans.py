@@ -101,10 +101,7 @@ class SpanLog:
 
     @contextlib.contextmanager
     def measure(self, name: str, /, **attributes: Attribute) -> Iterator[dict[str, Attribute]]:
-        """Add a span for the run time of the block, also when it raises.
-
-        Yield the attributes of the span; the block may add to them.
-        """
+        """Add a span for the run time of the block, which may add to the yielded attributes."""
         start_at = self.clock()
         try:
             yield attributes

@@ -32,10 +32,7 @@ class EngineChoice(NamedTuple):
 
 
 def choose_engine(config: LaunchConfig, environ: Mapping[str, str]) -> EngineChoice:
-    """Replace ``auto`` by a kind of engine, depending on the executables of this host.
-
-    Replace ``engine_command`` by its path if it is in the active environment but not on PATH.
-    """
+    """Replace ``auto`` by a kind of engine, and a command that is not on PATH by its path."""
     auto = [role for role in ROLES if getattr(config.role(role), "engine", None) == "auto"]
     path = _find_beside_python(config.engine_command, environ)
     command = {} if path is None else {"engine_command": path}
@@ -101,11 +98,7 @@ class Model:
 
 
 def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
-    """Read the model of each role that has engines. Errors are in ``Model.error``, never raised.
-
-    ``fetch`` downloads the descriptions of models on the hub first. Without it, only local files
-    are read.
-    """
+    """Read the model of each role with engines; ``fetch`` gets descriptions from the hub first."""
     config = choose_engine(config, os.environ).config
     settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
     named = {
@@ -118,10 +111,7 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
 
 
 def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fetch) -> None:
-    """Download the weights of models on the hub, of the same commit as their description.
-
-    Raises ConfigError, also if the downloaded weights are damaged or incomplete.
-    """
+    """Download the weights of described models on the hub. Raises ConfigError."""
     wanted = {
         (model.path, model.name): model.shape
         for role, model in models.items()

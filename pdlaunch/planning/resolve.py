@@ -1,7 +1,4 @@
-"""Resolves settings, machines and shapes of models into a ``ResolvedLaunch``.
-
-Rules check a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` prints it.
-"""
+"""Resolves settings, machines and shapes of models into a ``ResolvedLaunch``."""
 
 from __future__ import annotations
 

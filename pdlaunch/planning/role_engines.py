@@ -162,12 +162,10 @@ class RoleEngines:
 
     @cached_property
     def dtype(self) -> DTypeName | None:
-        """Return the dtype. ``auto`` gives the checkpoint's dtype.
-
-        On a CPU that emulates 16-bit types (prefill measured 6 times slower), it gives float32.
-        """
+        """Return the dtype, which for ``auto`` is the checkpoint's."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
+        # A CPU that emulates 16-bit types computes prompts 6 times slower.
         if self.device == "cpu" and not self.machine.has_native_bf16:
             return "float32"
         if self.shape is None or self.shape.is_outline:
@@ -212,10 +210,7 @@ class RoleEngines:
 
     @property
     def cumem_allocator(self) -> bool | None:
-        """Return True if memory comes from CuMem pools, which sleep mode needs.
-
-        None for a contradiction: sleep mode is on and enable_cumem_allocator is off.
-        """
+        """Return True for CuMem pools; None if sleep mode needs them and they are off."""
         asked = self.settings.enable_cumem_allocator
         if self.settings.enable_sleep_mode:
             return None if asked is False else True
@@ -309,10 +304,7 @@ class RoleEngines:
         return None if self.footprint is None else self.footprint.num_blocks
 
     def derived(self) -> dict[str, object]:
-        """Return the effective values of settings that have derived defaults, by name.
-
-        None for values that vLLM chooses.
-        """
+        """Return settings with derived defaults, by name; None for values that vLLM chooses."""
         settings, is_vllm = self.settings, not self.is_native
         num_tokens = settings.max_num_batched_tokens if is_vllm else self.max_num_batched_tokens
         is_open = is_vllm and settings.async_scheduling
@@ -428,10 +420,7 @@ DEVICES_BETWEEN_HOSTS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def vllm_environment(
     kv_cache_bytes: int | None, settings: EngineSettings, side_channel_host: str
 ) -> dict[str, str]:
-    """Return the variables for ``vllm serve``. The user may override all but ``OWN_VARIABLES``.
-
-    ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
-    """
+    """Return the variables for ``vllm serve``. Users may override all but ``OWN_VARIABLES``."""
     common = {
         # By default, vLLM reports model, hardware and settings to its makers.
         "VLLM_NO_USAGE_STATS": "1",

@@ -131,11 +131,7 @@ def place_roles(
     models: Mapping[Role, Model],
     places: Places | None = None,
 ) -> tuple[Mapping[str, Mapping[Role, RoleEngines]], tuple[PlacedEngine, ...]]:
-    """Return the roles on each host, and all engines by the order of ``ROLES``, then by index.
-
-    ``places``: hosts and devices of engines, if they are placed already. Never raises: unknown
-    values of ``RoleEngines`` are None.
-    """
+    """Return the roles on each host, and all engines by role, then by index. Never raises."""
     replicas = {role: count for role in ROLES if (count := config.role(role).replicas)}
     settings = {role: config.engine_settings(role) for role in replicas}
     nnodes = {role: each.nnodes for role, each in settings.items()}

@@ -281,10 +281,7 @@ class Registry(Message):
 
 
 class Suspects(Message):
-    """Names to the router the requests that may have killed a rank.
-
-    Sent when a rank dies by itself, before the registry without that rank.
-    """
+    """Names requests that may have killed a rank; sent before the registry without that rank."""
 
     origins: list[PromptOrigin]  # ``AddRequest.origin`` of the requests in the last step
     repeated: list[PromptOrigin]  # those that were already suspects; one at most

@@ -35,8 +35,5 @@ NO_ORIGIN = PromptOrigin(0)  # the origin of a request whose router sends none
 
 
 def lease_of(request_id: RequestId) -> LeaseId:
-    """Return the id of the lease on the blocks that this request has computed.
-
-    The types differ because a request ends with its last token, a lease when its blocks are pulled.
-    """
+    """Return the lease on the blocks of this request, which may outlive the request."""
     return LeaseId(request_id)

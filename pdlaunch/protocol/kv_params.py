@@ -89,11 +89,7 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
 
 
 def from_wire(params: object) -> KVTransferParams:
-    """Read the ``kv_transfer_params`` of a request to an engine.
-
-    Unknown keys are ignored, since other versions of vLLM may add some. Raises RequestError that
-    names the key.
-    """
+    """Read ``kv_transfer_params`` but unknown keys. Raises RequestError that names the key."""
     place = "kv_transfer_params"
     if not isinstance(params, dict):
         raise RequestError(f"{place} must be an object", param=place)

@@ -17,9 +17,7 @@ from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
-    """The secrets of a launch: a CURVE key pair (Z85), the token for the HTTP ports, and for
-    several hosts a certificate with its private key.
-    """
+    """The secrets of a launch: a CURVE key pair (Z85), a token for HTTP, perhaps a certificate."""
 
     public: str
     secret: str
@@ -38,11 +36,7 @@ def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
 
 
 class SecureContext:
-    """Makes ZMQ sockets that refuse strangers; one context for each process.
-
-    A socket belongs to the thread that made it. ``socket_class``: ``zmq.asyncio.Socket`` for an
-    event loop.
-    """
+    """Makes ZMQ sockets that refuse strangers. A socket belongs to the thread that made it."""
 
     LINGER_MS: ClassVar[int] = 500
 

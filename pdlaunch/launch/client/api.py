@@ -38,11 +38,7 @@ _NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")  # finds characters that a header
 
 @dataclass(eq=False, repr=False)  # without the key in a representation
 class Api:
-    """Calls one HTTP server of a deployment.
-
-    Methods raise PdlaunchError if the server cannot be reached, sends nothing for ``timeout_s``, or
-    answers in an unexpected form.
-    """
+    """Calls one HTTP server of a deployment. Raises PdlaunchError for all but usable answers."""
 
     url: str
     api_key: str | None = None
@@ -184,10 +180,7 @@ T = TypeVar("T")
 def admin_api(
     url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
 ) -> Api:
-    """Return the API for commands to the launch at ``url``, or to the only launch of this user.
-
-    ``admin_api_key`` is used if no launch of this user listens at ``url``. Raises PdlaunchError.
-    """
+    """Return the API for commands to the launch at ``url``, or to the only one of this user."""
     if (own := _own_api(url, CALL_TIMEOUT_S, base)) is not None:
         return own
     if url is not None and admin_api_key is not None:

@@ -1,8 +1,4 @@
-"""Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests.
-
-The deployment ends with the block that started it. If this process dies, the deployment ends, too,
-because its standard input closes.
-"""
+"""Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests."""
 
 import contextlib
 import os

@@ -71,10 +71,7 @@ def allowed_executables(names: Sequence[str]) -> dict[str, str]:
 
 
 def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
-    """Return the spec with this host's paths of Python and of the engine's executable.
-
-    ``executables``: allowed paths, by name. Raises ConfigError if the process is not allowed.
-    """
+    """Return the spec with this host's paths of its programs. Raises ConfigError."""
     for name in spec.environment:
         if name.startswith(_CHOOSE_CODE) and name not in _HARMLESS:
             raise ConfigError(
@@ -123,10 +120,7 @@ class AgentSession:
     _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # by process, of its log
 
     def run(self) -> str:
-        """Serve until the session and all of its processes have ended; return the reason.
-
-        Raises StartupError if the user must act, and SessionLostError.
-        """
+        """Serve until the session ends; return why. Raises StartupError and SessionLostError."""
         context = SecureContext(self.ticket.keys, peer=self.ticket.server_public)
         with (
             contextlib.closing(context),

@@ -112,10 +112,7 @@ class _Agent:
 
 
 class AgentChannel:
-    """Listens for the agents of the hosts ``names``; ``take`` returns events.
-
-    Methods may be called from any thread.
-    """
+    """Listens for the agents of the hosts ``names``. Methods may be called from any thread."""
 
     def __init__(
         self,

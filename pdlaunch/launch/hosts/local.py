@@ -113,10 +113,7 @@ class LocalHost:
     def spawn(
         self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        """Start a process with ``bootstrap`` on its standard input; return an exit if that fails.
-
-        Its standard input stays open: its end of file tells the child that the supervisor is gone.
-        """
+        """Start a process with ``bootstrap`` on its standard input; return an exit if it fails."""
         inherited: list[int] = []  # descriptors that the child gets with the same numbers
         step_record = None
         if bootstrap.router is not None:
@@ -205,10 +202,7 @@ class LocalHost:
         return gone if record is None else replace(gone, last_step=read_step_record(record))
 
     def messages(self) -> list[MessageReceived]:
-        """Return the messages since the last call, oldest first.
-
-        The call after ``exits`` returns the last messages of the processes that have ended.
-        """
+        """Return the messages since the last call, oldest first."""
         found: list[MessageReceived] = []
         while True:
             try:

@@ -73,10 +73,7 @@ def machine_names(options: PodOptions, config: LaunchConfig) -> Machines:
 
 
 def place(config: LaunchConfig, machines: Machines) -> PlacedSettings:
-    """Return the settings of a deployment whose engines run on these machines.
-
-    Raises ConfigError if ``config`` itself sets where engines run.
-    """
+    """Return the settings of a deployment on these machines. Raises ConfigError."""
     given = config.model_dump(exclude_unset=True)
     for name in _CHOSEN:
         if name in given:

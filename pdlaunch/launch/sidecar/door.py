@@ -44,10 +44,7 @@ _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-
 
 @dataclass(eq=False)
 class Door:
-    """Forwards requests with the launch's token, or the engine's key, to one engine.
-
-    Create and use it inside a running event loop.
-    """
+    """Forwards requests with the launch's token, or the engine's key. Needs a running loop."""
 
     name: str
     spec: DoorSpec

@@ -68,10 +68,7 @@ class SidecarOptions:
         return self.value("--served-model-name")
 
     def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; empty if vLLM downloads the model.
-
-        Other files that flags name are included, by path.
-        """
+        """Return digests of the model's local files, and of others that flags name, by path."""
         folder = Path(self.command[2])  # vllm serve MODEL
         others: dict[str, str] = {}
         for path in self._named_paths():
@@ -208,10 +205,7 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
 def engine_environment(
     run_dir: Path, key: str | None, side_channel: socket.socket | None = None
 ) -> dict[str, str]:
-    """Return the variables for an engine. Raises StartupError.
-
-    ``side_channel``: the socket that holds the port for vLLM's own connector.
-    """
+    """Return the variables for an engine; ``side_channel`` holds a port. Raises StartupError."""
     try:
         # The supervisor sets addresses, because it does not know the device names of this host.
         devices = {
@@ -267,14 +261,11 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
 
 
 def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[str, str]:
-    """Return the variables with paths of the connector's package and of its setup file.
-
-    ``python_path``: PYTHONPATH so far. Several engines of a launch may call this at the same time.
-    """
+    """Return the variables with paths of the connector's package and of its setup file."""
     # Use a folder with only pdlaunch: its site-packages may have versions that vLLM cannot use.
     packages = run_dir / "python"
     packages.mkdir(mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # several engines do this at the same time
         (packages / "pdlaunch").symlink_to(Path(pdlaunch.__file__).parent)
     return {
         KV_SETUP: str(setup),

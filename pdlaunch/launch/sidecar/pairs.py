@@ -29,17 +29,14 @@ Peer = tuple[str, int]  # name and incarnation of a prefill engine
 
 
 class EnginePairs:
-    """Proves the pairs of a decode engine; does nothing in engines of other roles.
-
-    ``link``: None with vLLM's own connector, whose workers report neither handshakes nor pulls.
-    """
+    """Proves the pairs of a decode engine; does nothing in engines of other roles."""
 
     def __init__(
         self,
         supervised: Supervised,
         options: SidecarOptions,
         api: EngineApi,
-        link: EngineLink | None,
+        link: EngineLink | None,  # None with vLLM's own connector, whose workers report nothing
     ) -> None:
         self._supervised, self._options = supervised, options
         self._api, self._link = api, link
@@ -55,9 +52,7 @@ class EnginePairs:
         self._failed_pulls: dict[str, list[str]] = defaultdict(list)  # errors, by prefill engine
 
     def learn(self, registry: Registry) -> None:
-        """Find the pairs to prove; drop the results of pairs whose prefill engine is gone or whose
-        proof was dropped.
-        """
+        """Find the pairs to prove; drop the results of pairs that are gone or in doubt."""
         if not any(e.name == self._name and e.role == "decode" for e in registry.entries):
             return
         prefill = {

@@ -82,10 +82,7 @@ class RequestBody(BaseModel):
 
 
 def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
-    """Check ``body`` against ``kind``. Raises RequestError that names the field.
-
-    ``public``: the body comes from a client, who may not set ``INTERNAL_FIELDS``.
-    """
+    """Check ``body``, of a client if ``public``. Raises RequestError that names the field."""
     if public:
         refuse_internal_fields(body)
     ignored: dict[str, None] = {}
@@ -126,12 +123,10 @@ def read_json_object(raw: bytes, *, public: bool = True) -> dict[str, Any]:
 
 
 def check_num_values(raw: bytes, *, public: bool = True) -> None:
-    """Refuse a body with too many values before it is parsed. Raises RequestError.
-
-    The ``resume`` of a router is not counted, because it grows with the answer.
-    """
+    """Refuse a body with too many values before it is parsed. Raises RequestError."""
     if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
         return
+    # The ``resume`` of a router grows with the answer, so it is not counted.
     resume = b"" if public else _member(raw, "resume")
     if num_values(raw.replace(resume, b"", 1)) > MAX_JSON_VALUES:
         message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
@@ -145,10 +140,7 @@ def num_values(raw: bytes) -> int:
 
 
 def num_token_ids(raw: bytes, member: str, *, public: bool = True) -> int:
-    """Return the length of a list of token ids without parsing it; 0 if ``member`` is not one.
-
-    Raises RequestError.
-    """
+    """Return the length of a list of token ids, unparsed; 0: it is none. Raises RequestError."""
     check_num_values(raw, public=public)
     value = _member(raw, member)
     return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0

@@ -229,11 +229,7 @@ def _check_token_ids(value: object) -> list[int]:
 
 
 class GenerationRequest(SamplingFields):
-    """The sampling and streaming fields of both completion APIs.
-
-    ``model_fields_set`` has the names of the fields in the client's body. ``user``,
-    ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
-    """
+    """The sampling and streaming fields of both completion APIs."""
 
     # These fields would change the answer. They are refused, because an answer that ignores them
     # would be wrong, and the client would not notice.
@@ -279,7 +275,7 @@ class GenerationRequest(SamplingFields):
     cache_salt: Label = ""
     priority: int = Field(0, ge=-(2**63), le=2**63 - 1)
     return_token_ids: bool = False
-    user: Label = ""
+    user: Label = ""  # this label and the next two change nothing
     safety_identifier: Label = ""
     prompt_cache_key: Label = ""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

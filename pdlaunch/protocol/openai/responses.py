@@ -63,15 +63,12 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class AnyChoice(msgspec.Struct, kw_only=True):
-    """The fields that all choices of answers and chunks have.
-
-    With ``return_token_ids``, ``token_ids`` has the ids of the tokens in this answer or chunk.
-    """
+    """The fields that all choices of answers and chunks have."""
 
     index: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    token_ids: list[int] | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType | None = UNSET  # of the tokens in this answer or chunk
 
 
 class CompletionChoice(AnyChoice, kw_only=True):

@@ -67,10 +67,7 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder, mode 0700, locked by this process and removed at the end.
-
-    Raises StartupError if no folder can be made or locked.
-    """
+    """Yield a new locked folder, mode 0700, and remove it at the end. Raises StartupError."""
     with contextlib.ExitStack() as undo:
         try:
             base = base or base_dir()
@@ -163,10 +160,7 @@ def _is_in_use(run_dir: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return True if a process has locked the file or folder, or if that is unknown.
-
-    Raises FileNotFoundError.
-    """
+    """Return True if the path is locked, or if that is unknown. Raises FileNotFoundError."""
     import fcntl
 
     try:

@@ -36,10 +36,7 @@ def new_step_record() -> tuple[int, mmap.mmap]:
 
 
 class StepRecord:
-    """Writes the record of one rank.
-
-    ``descriptor`` is closed here. If it is negative, the record is private memory.
-    """
+    """Writes the record of one rank; closes ``descriptor``, which is negative without a record."""
 
     def __init__(self, descriptor: int) -> None:
         self._words = memoryview(mmap.mmap(descriptor, _NUM_BYTES)).cast("Q")

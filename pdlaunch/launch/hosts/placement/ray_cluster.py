@@ -58,10 +58,7 @@ class Bundle:
 
 
 class AgentActor:
-    """Ray actor that holds the resources of a bundle and runs an agent on its node.
-
-    The actor generates the agent's key pair, so only public keys and an address pass through Ray.
-    """
+    """Holds the resources of a bundle and runs an agent; only public keys pass through Ray."""
 
     def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
         self._keys = new_keys()
@@ -131,10 +128,7 @@ def kept_agents(
     server_public: str,
     admit: Callable[[str], None],
 ) -> Iterator[None]:
-    """Keep the agents of all actors running; a thread checks them about once a second.
-
-    ``admit`` is called with the public key of each agent, which may join from then on.
-    """
+    """Keep the agents of all actors running; ``admit`` gets the public key of each agent."""
     admitted: set[str] = set()
     closing = threading.Event()
 
@@ -167,10 +161,7 @@ def kept_agents(
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:
-    """Yield the module ``ray``, connected to the cluster at RAY_ADDRESS, else to this host's.
-
-    Raises ConfigError if Ray is not installed or no cluster answers.
-    """
+    """Yield ``ray``, connected to RAY_ADDRESS or to this host's cluster. Raises ConfigError."""
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -214,10 +205,7 @@ def placed_actors(
     timeout_s: float,
     note: Callable[[str], None],
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield actors by host name once Ray has placed all bundles. Raises StartupError at time-out.
-
-    Ray waits silently, for example for an autoscaler to add nodes; ``note`` tells the user.
-    """
+    """Yield actors by host name once Ray has placed all bundles. Raises StartupError."""
     scheduling = importlib.import_module("ray.util.scheduling_strategies")
     group = ray.util.placement_group(
         [bundle.resources for bundle in bundles], strategy=strategy.upper()
@@ -226,6 +214,7 @@ def placed_actors(
         needed = ", ".join(str(bundle) for bundle in bundles)
         is_placed = group.wait(timeout_seconds=min(_NOTE_AFTER_S, timeout_s))
         if not is_placed and timeout_s > _NOTE_AFTER_S:
+            # Ray waits silently, for example for an autoscaler to add nodes.
             note(f"Ray has no room yet: the launch needs {needed}; {_offers(ray)}")
             is_placed = group.wait(timeout_seconds=timeout_s - _NOTE_AFTER_S)
         if not is_placed:
