@@ -42,7 +42,6 @@ ROOMS = (
     "launch/hosts",
     "launch/render",
     "engine/server",
-    "http/watch",
     "launch/sidecar",
     "launch",
     "router",

@@ -23,8 +23,8 @@ from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
-from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
-from pdlaunch.http.watch.engine_api import Counts, EngineApi
+from pdlaunch.http.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
+from pdlaunch.http.engine_calls import Counts, EngineApi
 from pdlaunch.launch.client.api import own_launches
 from pdlaunch.launch.engines import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine

@@ -15,7 +15,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import EngineName
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
-from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.http.engine_calls import EngineApi
 from pdlaunch.launch.bootstraps import router_spec
 from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.launch.folders import new_launch_id

@@ -88,7 +88,6 @@ class Admission:
         return await self.wait_idle(timeout_s)
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no request is in flight; return False after ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -139,7 +138,6 @@ class Deadlines:
     _is_closed: bool = False
 
     def close(self) -> None:
-        """End running requests and refuse later ones. May be called twice."""
         self._is_closed = True
         self._interrupts.end_all()
 

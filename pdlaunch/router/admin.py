@@ -29,10 +29,10 @@ from aiohttp import web
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
+from pdlaunch.http.engine_calls import Counts, is_vllm_busy
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
-from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
 from pdlaunch.protocol.control import COMMANDS, Answered, Command, RefusalCode, Restart, SetDrained
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.state import RouterState
@@ -53,8 +53,6 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 
 
 class Outcome(NamedTuple):
-    """Holds the result of a command at one engine."""
-
     engine: str
     status: int
     answer: dict[str, Any]
@@ -95,8 +93,6 @@ class SupervisorLink:
 
 
 class Admin:
-    """Answers the commands of one router."""
-
     def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
         self._state, self._pool, self._supervisor = state, state.pool, supervisor
 
@@ -149,7 +145,6 @@ class Admin:
         return _together(outcomes, **{key: all(each.answer.get(key, False) for each in outcomes)})
 
     async def _restart(self, http: web.Request) -> web.Response:
-        """Restart engines, also named by one of their processes, one after another."""
         names = _engines_named(http)
         return _together([await _outcome(name, self._restart_one(name)) for name in names])
 
@@ -223,7 +218,6 @@ class Admin:
         return json_response(body | error_body(refusal), status=refusal.status)
 
     async def _one_engine(self, http: web.Request) -> web.Response:
-        """Pass any call on to one engine, and return its whole answer."""
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{quote(http.match_info['path'])}"
         headers = {REQUEST_ID_HEADER: str(request_id_of(http))}

@@ -6,6 +6,7 @@ The router sets ids, model and creation time. The choices of prompt ``p`` are nu
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -25,32 +26,28 @@ MAX_TOLD_ROUTES = 4  # the routes header has the routes of at most this many pro
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
+@dataclass(eq=False)
 class ClientAnswer:
     """Numbers and counts the chunks of one request; streams them, or merges them without one."""
 
-    def __init__(
-        self,
-        request: ClientRequest,
-        metrics: RequestMetrics,
-        record: RequestRecord,
-        stream: ClientStream | None,
-    ) -> None:
-        endpoint = request.endpoint
-        self.takes_tokens = stream is not None and not request.continuous_usage
-        self._request = request
-        self._metrics = metrics
-        self.record = record
-        self._clock = record.clock = RequestClock(metrics)
+    _request: ClientRequest
+    _metrics: RequestMetrics
+    record: RequestRecord
+    _stream: ClientStream | None
+
+    def __post_init__(self) -> None:
+        request, endpoint = self._request, self._request.endpoint
+        self.takes_tokens = self._stream is not None and not request.continuous_usage
+        self._clock = self.record.clock = RequestClock(self._metrics)
         self._head = {
             "id": endpoint.id_prefix + request.request_id,
-            "object": endpoint.chunk_object if stream else endpoint.answer_object,
+            "object": endpoint.chunk_object if self._stream else endpoint.answer_object,
             "created": int(time.time()),
             "model": request.model,
         }
         self.routes: dict[int, Route] = {}  # by index of the prompt
         self.ignored_fields: dict[str, None] = {}
         self._sends_ids = bool(request.fields.return_token_ids)
-        self._stream = stream
         self._held: list[bytes] = []  # events that go out with the next one
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}

@@ -163,7 +163,6 @@ class RouterApp:
         return [own, *(card for card in others.values() if card.id != name)]
 
     async def _health(self, _: web.Request) -> web.Response:
-        """Answer 200 if requests are accepted and at least one engine is ready, else 503."""
         status, engines = self.view.state(), self._state.pool.engines
         states = {engine.name: engine.state for engine in engines}
         body: dict[str, Any] = {"status": status, "engines": states}

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from pdlaunch.errors import RequestError
+from pdlaunch.http.canary import REMOTE_DECODE
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
-from pdlaunch.http.watch.canary import REMOTE_DECODE
 from pdlaunch.protocol.ids import HopId, HttpRequestId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
     TOKEN_IDS,
@@ -132,13 +132,11 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(body)
 
     def decode_body(self, extra: dict[str, Any], *, is_whole: bool = False) -> bytes:
-        """Return a body that asks for the rest of the answer. ``extra``: transfer or ``resume``."""
         stream = {} if is_whole else {"stream": True, "stream_options": {"include_usage": True}}
         own = {"return_token_ids": self.asks_token_ids, **stream, **extra}
         return msgspec.json.encode(self.body | own)
 
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
-        """Raise RequestError if prompt and output exceed a decode engine's limit."""
         # Prefill cannot check this: it gets ``max_tokens=1``.
         if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
             raise RequestError(
@@ -160,7 +158,6 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_output_tokens(self) -> int:
-        """Return the maximum tokens of all answers together, estimated if there is no limit."""
         each = self.prompts[0]
         most = each.num_choices * (each.max_tokens or _UNLIMITED_ANSWER_TOKENS)
         return most * len(self.prompts)

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from aiohttp import web
@@ -68,7 +69,6 @@ class FairQueue(Generic[T]):
         return sorted(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))
 
     def pop(self, flow: Flow[T]) -> T:
-        """Remove and return the first item of a flow, and charge the flow for it."""
         _, _, num_tokens, item = heapq.heappop(flow.waiting)
         self._now = min(each.tokens for each in self._flows)
         flow.last_turn = next(self._numbers)
@@ -82,7 +82,6 @@ class FairQueue(Generic[T]):
             flow.tokens += num_tokens / flow.weight
 
     def remove(self, flow: Flow[T], item: T) -> None:
-        """Remove a cancelled item, if it is still in the queue."""
         flow.waiting = [each for each in flow.waiting if each[3] is not item]
         heapq.heapify(flow.waiting)
         self._drop_empty(flow)
@@ -95,15 +94,15 @@ class FairQueue(Generic[T]):
 Turn = tuple[RoutingRequest, asyncio.Future[None]]
 
 
+@dataclass(eq=False)
 class Turns:
     """Makes the prompts of several keys (``is_fair``) wait for their turn."""
 
-    def __init__(
-        self, can_begin: Callable[[RoutingRequest, set[EngineKey]], bool], *, is_fair: bool
-    ) -> None:
-        # Returns whether an engine would begin a prompt now; if not, adds it to the set.
-        self._can_begin = can_begin
-        self.is_fair = is_fair
+    # Returns whether an engine would begin a prompt now; if not, adds it to the set.
+    _can_begin: Callable[[RoutingRequest, set[EngineKey]], bool]
+    is_fair: bool
+
+    def __post_init__(self) -> None:
         self.queue = FairQueue[Turn]()
         self._is_beginning = False  # a prompt has its turn, but its engine does not count it yet
 

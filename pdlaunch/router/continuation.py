@@ -57,8 +57,6 @@ _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choi
 
 
 class ChoiceTranscript(msgspec.Struct):
-    """Holds the output of one choice that the client has."""
-
     token_ids: list[int] = []
     finish_reason: str | None = None
     texts: list[str] = []

@@ -277,7 +277,6 @@ class EngineHistory:
             self._past.popleft()
 
     def reading(self, now_at: float) -> EngineReading | None:
-        """Return a reading from the latest page; None: no page has been read."""
         if not self._past:
             return None
         num_tokens = self._grown("prompt_tokens")
@@ -297,7 +296,6 @@ class EngineHistory:
         )
 
     def pulls(self, prefill: str | None = None) -> Pulls:
-        """Return the pulls from engine ``prefill``; None: from all engines."""
         behind = "" if prefill is None else f"@{prefill}"
         words = (f"{word}{behind}" for word in ("pull_seconds", "pulled_bytes", "pulls"))
         pulling_s, moved, num_pulls = map(self._grown, words)

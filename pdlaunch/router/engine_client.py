@@ -10,6 +10,7 @@ import re
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 from urllib.parse import urlencode
 
@@ -193,20 +194,16 @@ class EngineStream:
         raise EngineFailure(self._engine, reason, may_return=may_return, error=told or {})
 
 
+@dataclass(eq=False)
 class EngineClient:
-    """Sends the router's requests to engines, each with the key that ``keys`` returns for it."""
+    """Sends the router's requests to engines, each with the key that ``key_of`` returns for it."""
 
-    def __init__(
-        self,
-        keys: Callable[[Engine], str | None],
-        tls: ssl.SSLContext | None = None,
-        *,
-        probe_s: float = 5.0,
-        metrics_s: float = 2.0,
-    ) -> None:
-        self._probe_s = probe_s
-        self._metrics_s = metrics_s
-        self._keys = keys
+    key_of: Callable[[Engine], str | None]
+    tls: InitVar[ssl.SSLContext | None] = None
+    probe_s: float = 5.0  # time-out of calls that compute nothing
+    metrics_s: float = 2.0
+
+    def __post_init__(self, tls: ssl.SSLContext | None) -> None:
         self._calls = EngineCalls(tls=tls)
 
     async def close(self) -> None:
@@ -270,7 +267,7 @@ class EngineClient:
 
     async def notify(self, engine: Engine, path: str, message: object) -> None:
         """Send a message that may get lost, such as a release: a lease also expires by itself."""
-        body, timeout_s = msgspec.json.encode(message), self._probe_s
+        body, timeout_s = msgspec.json.encode(message), self.probe_s
         try:
             await self.call(engine, "POST", path, body=body, timeout_s=timeout_s)
         except EngineFailure as failure:
@@ -280,7 +277,7 @@ class EngineClient:
         """Return the body of an engine's answer of 200 to GET, else None."""
         if not engine.url:
             return None
-        timeout_s = timeout_s or self._probe_s
+        timeout_s = timeout_s or self.probe_s
         try:
             status, body, _ = await self.call(
                 engine, "GET", path, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
@@ -311,7 +308,7 @@ class EngineClient:
             return msgspec.convert(msgspec.json.decode(answer)["tokens"], list[int])
 
     async def read_metrics(self, engine: Engine) -> str | None:
-        page = await self.read(engine, "/metrics", self._metrics_s)
+        page = await self.read(engine, "/metrics", self.metrics_s)
         return None if page is None else page.decode("utf-8", "replace")
 
     async def detokenize(
@@ -330,7 +327,7 @@ class EngineClient:
 
     def _own(self, engine: Engine, headers: Mapping[str, str] | None) -> dict[str, str]:
         own = {"Content-Type": "application/json", **(headers or {})}
-        if (key := self._keys(engine)) is not None:
+        if (key := self.key_of(engine)) is not None:
             own["Authorization"] = f"Bearer {key}"
         return own
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, num_recomputed
+from pdlaunch.http.canary import CACHED_AT_PREFILL, num_recomputed
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine, EngineKey
@@ -83,7 +83,6 @@ class Handover:
         return self.params | {"pdlaunch": ours}
 
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
-        """Report the pair if decode has computed the prompt although it was given blocks."""
         if not engine.capabilities.is_vllm:
             return
         with blames(engine):
@@ -122,7 +121,6 @@ class Handover:
         self._is_counted = False
 
     def _may_hand_over(self, decode: Engine) -> bool:
-        """Return whether ``decode`` may read the blocks although vLLM does not verify them."""
         age_s, lease_s = self._state.now() - self._handed_over_at, self.engine.capabilities.lease_s
         if self.is_taken or (lease_s and age_s >= lease_s / 2):
             return False

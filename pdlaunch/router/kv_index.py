@@ -74,7 +74,6 @@ class KVIndex:
         return len(self._ranks(name)) if name in self else 0
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an engine has reported its prefixes."""
         return any(held.block_size for held in self._ranks(name))
 
     def find(self, engine: Engine, prompt: PromptTokens | None) -> tuple[int, int | None]:

@@ -25,8 +25,8 @@ from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, ProtocolError, RequestError
-from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
-from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
+from pdlaunch.http.canary import Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.engine_calls import Counts, EngineApi, FailedReads, with_version
 from pdlaunch.protocol import control
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.metrics import RouterMetrics
@@ -144,7 +144,6 @@ class WatchedEngine:
         return num_failures > before
 
     def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> control.Entry:
-        """Return the engine's entry in a registry; ``reason`` says why it is not ready."""
         state: control.ListedState = "starting"
         if self.is_leaving or self.is_sleeping:
             state, reason = ("draining" if self.is_leaving else "sleeping"), ""
@@ -201,14 +200,16 @@ def judge(
     return ready, reasons
 
 
+@dataclass(eq=False)
 class WatchedMembership:
     """Watches running engines; belongs to the event loop. ``announce`` gets each registry."""
 
-    def __init__(self, settings: WatchSettings, pool: EnginePool, metrics: RouterMetrics) -> None:
-        self.settings = settings
-        self.announce: Callable[[control.Registry], None] = lambda _: None
-        self._pool = pool
-        self._metrics = metrics
+    settings: WatchSettings
+    _pool: EnginePool
+    _metrics: RouterMetrics
+    announce: Callable[[control.Registry], None] = lambda _: None
+
+    def __post_init__(self) -> None:
         self._watched: dict[str, WatchedEngine] = {}
         self._canaries: Canaries[control.Pair] = Canaries(self._send_canary, self._report_canary)
         self._ready: set[str] = set()
@@ -259,13 +260,11 @@ class WatchedMembership:
         add(waiting)
 
     def _holder(self, member: Member) -> str | None:
-        """Return the engine that has the member's name or URL, leaving ones included, or None."""
         known = [each.member for each in self._watched.values()]
         same = (one.name for one in known if one.name == member.name or one.url == member.url)
         return next(same, None)
 
     def add(self, member: Member, source: str) -> None:
-        """Begin to watch an engine. Raises RequestError if its name or URL is in use."""
         if (name := self._holder(member)) is not None:
             raise RequestError(f"engine {name} already has its name or URL")
         api = EngineApi(member.url, member.key)
@@ -275,7 +274,6 @@ class WatchedMembership:
         self._publish_soon()
 
     async def remove(self, name: str, drain_timeout_s: float) -> None:
-        """Drain an engine for at most ``drain_timeout_s``, and remove it."""
         watched = self._watched[name]
         watched.is_leaving = True
         self.publish()
@@ -292,7 +290,6 @@ class WatchedMembership:
         _logger.info("removed %s, with %d requests and leases left", name, num_works)
 
     def prove_again(self, pair: control.PairSuspect) -> None:
-        """Send a new canary through a pair whose decode engine computed prompts it could pull."""
         if self._canaries.doubt([(pair.peer, pair.local)]):
             self.publish()
 

@@ -64,8 +64,6 @@ _GAUGES = {  # set at a scrape or by a registry: labels and help by name
 
 
 class RouterMetrics:
-    """Counts what clients see (``requests``) and what the router did with the engines."""
-
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix=_PREFIX)

@@ -48,8 +48,6 @@ SHARE = 1.5
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes the remaining work of a prompt to the policy."""
-
     num_prompt_tokens: int = 0  # estimated
     max_tokens: int | None = None
     tokens: PromptTokens | None = None  # None: unknown, so the load alone decides
@@ -68,8 +66,6 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """Names the engines that the policy has chosen, and why."""
-
     reason: str
     prefill: Engine | None = None  # computes the prompt; None: the decode engine does all
     decode: Engine | None = None  # None: no engine is available
@@ -94,8 +90,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Offer(NamedTuple):
-    """Holds the time that an engine would need for the prompt."""
-
     engine: Engine
     num_tokens: int  # uncached tokens of the prompt
     wait_s: float

@@ -24,8 +24,6 @@ MAX_UNBEGUN = 8
 
 
 class EnginePool:
-    """Holds all engines of the launch. ``clock`` returns seconds."""
-
     def __init__(self, clock: Callable[[], float], policy: RoutingPolicy = "load") -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
@@ -51,7 +49,6 @@ class EnginePool:
             await asyncio.sleep(IDLE_POLL_S)
 
     def lists(self, engine: Engine) -> bool:
-        """Return whether the engine is ready, in the same processes."""
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
@@ -156,7 +153,6 @@ class EnginePool:
         decode.health.pulled(prefill.key, self.clock(), ok=ok)
 
     def pair_states(self) -> dict[tuple[str, str], HealthState]:
-        """Return the states of pairs with recent failed pulls, by (prefill, decode)."""
         names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
         return {
             (names[key], engine.name): breaker.state(now_at)

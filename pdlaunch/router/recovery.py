@@ -9,8 +9,6 @@ from pdlaunch.router.policy import Hop
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits the recovery of a request that engines have failed."""
-
     # A request fails after this many failures of prefill, or of decode without new output between
     # them: it may kill engines.
     max_attempts: int = 4
@@ -42,13 +40,11 @@ class Attempts:
         self.since_at = self.since_at or now
 
     def progressed(self, *, may_kill: bool) -> None:
-        """Count from zero again after new output, unless the request may kill engines."""
         self.since_at = None
         if not may_kill:
             self.num_failures["decode"] = 0
 
     def prefilled(self) -> None:
-        """Forget prefill's failures: the lease goes to any decode engine."""
         self.failure = self.since_at = None
         self.tried.clear()
 

@@ -94,7 +94,6 @@ class Relay:
         self._pulls_from: Engine | None = None
 
     async def run(self, client: Client) -> None:
-        """Answer the prompt: try one route after another until the answer is complete."""
         self._prompt, self._tokens = await self._state.reader.read(self._prompt)
         if self._state.turns.is_fair:
             log, request = self._record.log, self._routing_request()
@@ -167,7 +166,6 @@ class Relay:
             attempts.waited(state.now())
 
     def _follow(self, route: Route) -> None:
-        """Record the route in the metrics and in the client's answer."""
         metrics, lease = self._state.metrics, self._lease
         hop: Hop = "decode" if route.prefill is None else "prefill"
         if self._num_decode_attempts or (hop == "prefill" and self._attempts.failure is not None):
@@ -347,7 +345,6 @@ class Relay:
     async def _send(
         self, engine: Engine, chunk: Chunk, more_follows: bool = False, begin: Begin | None = None
     ) -> None:
-        """Send the client the chunk's new output."""
         if self._continues_at is engine and (num_tokens := self.transcript.extend(chunk)):
             await self._answer.tokens(chunk, num_tokens, more_follows)
             return

@@ -159,7 +159,6 @@ class RequestRecord:
             call.span.end_at = self.log.clock()
 
     def fail(self, error: BaseException) -> None:
-        """Record the error that is sent to the client. Later errors are ignored."""
         if self.error is None:
             self.status, self.error = error_status(error), describe_error(error)
 
@@ -302,14 +301,11 @@ def record_of(http: web.Request) -> RequestRecord:
 
 
 class RequestHistory:
-    """Holds the records of requests, and logs each request when it ends."""
-
     def __init__(self) -> None:
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=MAX_KEPT)
 
     def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
-        """Begin the record of a client's request; return the function that ends the record."""
         record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
         self._running[id(record)] = record
         return partial(self._end, record)
@@ -331,7 +327,6 @@ class RequestHistory:
             logger.exception("a request could not be logged")
 
     def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
-        """Return at most ``limit`` records, running ones included, latest or slowest first."""
         latest = self._latest()
         if choice == "slowest":
             latest.sort(key=lambda record: record.duration_s, reverse=True)

@@ -243,8 +243,6 @@ class ResponseWriter:
 
 
 class ResponseStream(ClientStream):
-    """Turns the events of a chat stream into the events of a response stream."""
-
     def __init__(
         self, http: web.BaseRequest, headers: Mapping[str, str], writer: ResponseWriter
     ) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -78,8 +79,6 @@ class SuspectPrompts:
 
 
 class EventLog:
-    """Holds recent events and the engines that are gone."""
-
     def __init__(self) -> None:
         self.events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
         self._seen: dict[str, tuple[str | None, str]] = {}  # roles and states of engines
@@ -106,7 +105,6 @@ class EventLog:
         return engine.state in ("failed", "stalled")
 
     def engines_changed(self, registry: Registry, engines: Sequence[Engine]) -> None:
-        """Add an event for each engine whose state differs from that in the previous registry."""
         before, self._seen = self._seen, {each.name: (each.role, each.state) for each in engines}
         for engine in engines:
             name, state = engine.name, engine.state
@@ -132,33 +130,28 @@ class EventLog:
         self._served &= self._seen.keys() | {each.name for each in self.gone()}
 
 
+@dataclass(eq=False)
 class RouterState:
     """Holds the objects that all requests of the process share. Belongs to the event loop."""
 
-    def __init__(
-        self,
-        pool: EnginePool,
-        client: EngineClient,
-        metrics: RouterMetrics,
-        recovery: RecoverySettings = RecoverySettings(),  # noqa: B008 - it is frozen
-        *,
-        prove_again: Callable[[PairSuspect], None],
-        model_dir: str = "",
-        keys: Sequence[ClientKey] = (),
-    ) -> None:
-        self.pool = pool
-        self.clients = Clients(keys, metrics, pool.clock)
-        self.turns = Turns(pool.can_begin, is_fair=len(keys) > 1)
-        self.client = client
-        self.metrics = metrics
-        self.recovery = recovery
+    pool: EnginePool
+    client: EngineClient
+    metrics: RouterMetrics
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    _: KW_ONLY
+    prove_again: Callable[[PairSuspect], None]  # requests a new canary for a pair
+    model_dir: InitVar[str] = ""
+    keys: InitVar[Sequence[ClientKey]] = ()
+
+    def __post_init__(self, model_dir: str, keys: Sequence[ClientKey]) -> None:
+        self.clients = Clients(keys, self.metrics, self.pool.clock)
+        self.turns = Turns(self.pool.can_begin, is_fair=len(keys) > 1)
         self.suspects = SuspectPrompts()
         self.events = EventLog()
         # The last failure of each pair whose engines exist or may come back.
         self.pair_failures: dict[tuple[str, str], str] = {}
-        self.reader = PromptReader(pool, client, model_dir)
-        self._follower = KVFollower(pool.index, client.follow)
-        self._prove_again = prove_again
+        self.reader = PromptReader(self.pool, self.client, model_dir)
+        self._follower = KVFollower(self.pool.index, self.client.follow)
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._asked: set[EngineKey] = set()  # engines that are being asked for their models
@@ -224,10 +217,9 @@ class RouterState:
         self.pair_failures[prefill, decode] = error
 
     def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
-        """Stop using a pair until a new canary has proven it."""
         pair = PairSuspect(local=local, peer=peer, peer_incarnation=peer_incarnation, error=error)
         self.pool.doubt(pair)
-        self._prove_again(pair)
+        self.prove_again(pair)
 
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """Release a lease that will not be pulled, if the prefill engine is a native one."""
@@ -243,7 +235,6 @@ class RouterState:
         return found
 
     async def registry_change(self, timeout_s: float | None = None) -> None:
-        """Wait for the next change of the registry, for at most ``timeout_s``."""
         changed = self._changed
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

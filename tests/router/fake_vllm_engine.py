@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pdlaunch.http.watch.engine_api import with_version
+from pdlaunch.http.engine_calls import with_version
 from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.protocol.control import Role
 from tests.router.fake_engine import FakeEngine, Seen

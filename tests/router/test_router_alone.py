@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError, ProtocolError
-from pdlaunch.http.watch import canary
-from pdlaunch.http.watch.canary import CanaryDied, Proof
-from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.http import canary
+from pdlaunch.http.canary import CanaryDied, Proof
+from pdlaunch.http.engine_calls import EngineApi
 from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.protocol.control import Pair, due_pairs
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from pdlaunch.http.engine_calls import Counts
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.http.kv_feed import KVFeed
-from pdlaunch.http.watch.engine_api import Counts
 from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.sidecar.engine import with_events_at
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from pdlaunch.http.watch.engine_api import Counts
+from pdlaunch.http.engine_calls import Counts
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.config.model_files.fake_hub import fake_hub

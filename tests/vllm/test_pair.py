@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.doctor import MEASURABLE_BYTES
-from pdlaunch.http.watch.engine_api import Counts
+from pdlaunch.http.engine_calls import Counts
 from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import differences

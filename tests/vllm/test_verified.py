@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.http.watch.canary import REMOTE_DECODE
+from pdlaunch.http.canary import REMOTE_DECODE
 from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete

@@ -26,17 +26,17 @@ import msgspec
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.model_files.identity import changes, model_digest
 from pdlaunch.errors import ProtocolError, StartupError
-from pdlaunch.http.engine_calls import UNIX
-from pdlaunch.http.kv_feed import KVFeed
-from pdlaunch.http.lifecycle import Supervised, run_supervised
-from pdlaunch.http.watch.canary import FIRST_TOKEN_ID
-from pdlaunch.http.watch.engine_api import (
+from pdlaunch.http.canary import FIRST_TOKEN_ID
+from pdlaunch.http.engine_calls import (
+    UNIX,
     VLLM_RUNNING,
     Counts,
     EngineApi,
     is_vllm_busy,
     with_version,
 )
+from pdlaunch.http.kv_feed import KVFeed
+from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.launch.sidecar.door import Door
 from pdlaunch.launch.sidecar.engine import (
     SIDE_CHANNEL_HOST,

@@ -13,9 +13,9 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from pdlaunch.http.canary import Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.engine_calls import Counts, EngineApi, FailedReads
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
-from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads
 from pdlaunch.launch.sidecar.engine import SidecarOptions
 from pdlaunch.launch.sidecar.link import EngineLink
 from pdlaunch.machine.ucx_log import ReadTransports, path_over

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdlaunch.http.watch.engine_api import Counts
+from pdlaunch.http.engine_calls import Counts
 from pdlaunch.launch.sidecar.__main__ import EngineHangWatch, Found
 from tests.clock import FakeClock
 

@@ -22,7 +22,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
-from pdlaunch.http.watch.engine_api import Counts, EngineApi
+from pdlaunch.http.engine_calls import Counts, EngineApi
 
 NUM_BLOCKS = 2
 MOST_TOKENS = 256  # bounds the prompt: blocks of state-space models have thousands of tokens

@@ -12,9 +12,8 @@ import pytest
 from aiohttp import web
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
-from pdlaunch.http.watch import canary
-from pdlaunch.http.watch.canary import (
+from pdlaunch.http import canary
+from pdlaunch.http.canary import (
     CACHED_AT_PREFILL,
     NUM_TOKENS,
     Canaries,
@@ -22,7 +21,7 @@ from pdlaunch.http.watch.canary import (
     Proof,
     send_canary,
 )
-from pdlaunch.http.watch.engine_api import EngineApi, with_version
+from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, EngineApi, with_version
 from pdlaunch.launch.engines import capabilities_over_http
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 from tests.router.fake_engine import until

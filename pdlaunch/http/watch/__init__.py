@@ -1,1 +1,0 @@
-"""Calls the HTTP API of engines, and proves pairs of engines with canaries."""
