@@ -45,7 +45,7 @@ class Incoming:
 
 
 class KVTransfers:
-    """Owns the blocks of leases, pulls, loads and stores. Without a host tier, ``planner`` is None."""
+    """Owns the blocks of leases, pulls, loads and stores. ``planner``: None without a host tier."""
 
     def __init__(
         self,

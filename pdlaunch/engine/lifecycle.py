@@ -23,14 +23,7 @@ from pdlaunch.engine.kvcache.prefix_keys import PrefixChanges, PrefixKeys, root_
 from pdlaunch.engine.offload.planner import JobFinished, OffloadPlanner
 from pdlaunch.engine.request import Batch, Phase, Request, RequestQueues
 from pdlaunch.observe.counters import HISTOGRAMS
-from pdlaunch.protocol.engine import (
-    AddRequest,
-    EngineStats,
-    FinishReason,
-    HistogramSeries,
-    RequestFinished,
-    Tokens,
-)
+from pdlaunch.protocol import engine
 from pdlaunch.protocol.ids import EngineId, RequestId, lease_of
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
@@ -48,9 +41,9 @@ class Histograms:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._series: dict[tuple[str, tuple[str, ...]], HistogramSeries] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], engine.HistogramSeries] = {}
 
-    def shown(self) -> list[HistogramSeries]:
+    def shown(self) -> list[engine.HistogramSeries]:
         """Return the histograms themselves, not copies: later observations change them."""
         return list(self._series.values())
 
@@ -94,7 +87,9 @@ class Histograms:
         bounds = HISTOGRAMS[name].bounds
         series = self._series.get((name, labels))
         if series is None:
-            series = HistogramSeries(name=name, labels=labels, counts=[0] * (len(bounds) + 1))
+            series = engine.HistogramSeries(
+                name=name, labels=labels, counts=[0] * (len(bounds) + 1)
+            )
             self._series[name, labels] = series
         series.counts[bisect_left(bounds, value)] += 1
         series.sum += value
@@ -150,20 +145,15 @@ class RequestLifecycle:
             offload.tier.on_change = lambda found, is_held: note("host", found, is_held=is_held)
         # A waiting request may be able to start now; the scheduler clears this.
         self.may_progress = False
-        self._outputs: list[Tokens | RequestFinished] = []
+        self._outputs: list[engine.Tokens | engine.RequestFinished] = []
         self._grammars, self._wake = grammars, wake
         self._model_digest = model_digest
         self._num_arrived = 0
 
     # Messages from the server
 
-    def add(self, message: AddRequest) -> None:
+    def add(self, message: engine.AddRequest) -> None:
         """Take a request; end it at once if it can never be served."""
-        if message.request_id in self.queues.by_id:
-            logger.error(
-                "dropped a second request with the id %s of an unfinished one", message.request_id
-            )
-            return
         room = self.max_model_len - len(message.prompt_token_ids)
         output_limit = min(message.sampling.max_tokens, room)
         if message.do_remote_decode:
@@ -216,11 +206,6 @@ class RequestLifecycle:
                 f"the prompt has {request.num_prompt_tokens} tokens; only {self.max_model_len} fit "
                 "with the output; shorten the prompt, or raise max_model_len or kv_cache_memory"
             )
-        if (
-            request.message.do_remote_decode
-            and lease_of(request.request_id) in self.transfers.leases
-        ):
-            return f"an earlier request {request.request_id} still has a lease; use another id"
         return None
 
     def abort(self, request_id: RequestId) -> None:
@@ -327,7 +312,7 @@ class RequestLifecycle:
             self.batch.add_sampled(request)
             spans = request.report_spans() if request.num_drawn == 1 else None
             self._outputs.append(
-                Tokens(
+                engine.Tokens(
                     request_id=request.request_id,
                     tokens=[token],
                     prompt=request.take_scored(),
@@ -391,7 +376,7 @@ class RequestLifecycle:
     def _finish(
         self,
         request: Request,
-        reason: FinishReason,
+        reason: engine.FinishReason,
         *,
         token: TokenOutput | None = None,
         ending: int | None = None,
@@ -413,7 +398,7 @@ class RequestLifecycle:
             self.released(request)
         self.queues.move(request, Phase.FINISHED)
         self._outputs.append(
-            RequestFinished(
+            engine.RequestFinished(
                 request_id=request.request_id,
                 reason=reason,
                 tokens=[] if token is None else [token],
@@ -437,7 +422,7 @@ class RequestLifecycle:
 
     # State
 
-    def take_outputs(self) -> list[Tokens | RequestFinished]:
+    def take_outputs(self) -> list[engine.Tokens | engine.RequestFinished]:
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -451,8 +436,8 @@ class RequestLifecycle:
             return None
         return new(stored=changes[0], removed=changes[1])
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
+    def stats(self) -> engine.EngineStats:
+        return engine.EngineStats(
             num_blocks=self.kv.pool.num_blocks,
             num_running=len(self.queues.running),
             num_waiting=len(self.queues.waiting),

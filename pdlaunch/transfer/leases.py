@@ -236,8 +236,8 @@ class PrefillSide:
     def execute(self, command: PrefillCommand) -> None:
         match command:
             case GrantLease():
-                # The scheduler refuses a request whose id still has a lease. No kernel writes to
-                # the blocks any more: the first token, computed from them, is known.
+                # No kernel writes to the blocks any more: the first token, computed from them, is
+                # known.
                 self._unhashed.append(self.leases.grant(command))
             case EndLease():
                 self.leases.cancel(command.lease_id)

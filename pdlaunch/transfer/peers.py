@@ -23,18 +23,9 @@ from typing import Literal
 import torch
 
 from pdlaunch.errors import HandshakeError, TransferError
+from pdlaunch.protocol import side_channel
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
-from pdlaunch.protocol.side_channel import (
-    Geometry,
-    Handshake,
-    HandshakeReply,
-    Push,
-    PushEnded,
-    Refused,
-    ToDecodeSide,
-    ToPrefillSide,
-)
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read
 from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, new_landing, try_paths
 from pdlaunch.transfer.handshake import DecodeSetup, SourceRank, check_geometry, compare, is_source
@@ -67,8 +58,8 @@ class Peer:
         self._setup = setup
         self._call_ids = itertools.count(1)
         # Callbacks for answers, by call_id.
-        self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
-        self._geometry: Geometry | None = None
+        self._calls: dict[int, Callable[[side_channel.ToDecodeSide], None]] = {}
+        self._geometry: side_channel.Geometry | None = None
         # The paths that the connector offers, by name; an error for each unusable path.
         self._paths: Mapping[str, Connection | TransferError] = {}
         self._connection: Connection | None = None  # the path in use
@@ -92,7 +83,7 @@ class Peer:
         return self.state in ("lost", "incompatible")
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> side_channel.Geometry:
         assert self._geometry is not None
         return self._geometry
 
@@ -128,7 +119,9 @@ class Peer:
             self._on_deadline()
 
     def ask(
-        self, message: ToPrefillSide, on_reply: Callable[[ToDecodeSide], None] | None = None
+        self,
+        message: side_channel.ToPrefillSide,
+        on_reply: Callable[[side_channel.ToDecodeSide], None] | None = None,
     ) -> None:
         """Number a message and send it; ``on_reply`` gets the answer, if one arrives."""
         message.call_id = next(self._call_ids)
@@ -195,7 +188,7 @@ class Peer:
         self._reads[read] = self._setup.clock()
         if (target := read.target) is None:
             return
-        push = Push(
+        push = side_channel.Push(
             call_id=0,
             engine_id=self.entry.engine_id,
             lease_id=lease_id,
@@ -214,7 +207,7 @@ class Peer:
         self._asked_at = setup.clock()
         self.deadline_at = self._asked_at + setup.settings.handshake_timeout_s
         self.channel = setup.open_channel(self.entry.address.side_channel)
-        handshake = Handshake(
+        handshake = side_channel.Handshake(
             call_id=0,
             engine_id=setup.identity.engine_id,
             rank_name=setup.identity.name,
@@ -225,11 +218,11 @@ class Peer:
         )
         self.ask(handshake, lambda reply: self._guard(lambda: self._on_handshake_reply(reply)))
 
-    def _on_handshake_reply(self, reply: ToDecodeSide) -> None:
+    def _on_handshake_reply(self, reply: side_channel.ToDecodeSide) -> None:
         setup, entry, where = self._setup, self.entry, self.entry.address.side_channel
-        if isinstance(reply, Refused):
+        if isinstance(reply, side_channel.Refused):
             raise TransferError(f"{self.name} at {where} refused: {reply.reason}")
-        if not isinstance(reply, HandshakeReply):
+        if not isinstance(reply, side_channel.HandshakeReply):
             raise TransferError(f"{self.name} answered the handshake with {type(reply).__name__}")
         # Not fatal: if the peer has restarted, the next registry shows its new identity.
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
@@ -359,12 +352,12 @@ class Peer:
             self.deadline_at = self._setup.clock()
 
 
-def _push_error(message: ToDecodeSide) -> str:
+def _push_error(message: side_channel.ToDecodeSide) -> str:
     """Return why the peer's write has failed; empty if all bytes have landed."""
     match message:
-        case PushEnded():
+        case side_channel.PushEnded():
             return "" if message.ok else message.error
-        case Refused():
+        case side_channel.Refused():
             return message.reason or "refused"
         case _:
             return f"unexpected {type(message).__name__}"

@@ -59,12 +59,14 @@ LONGEST_READ_SLEEP_S = 0.05
 class TransferSides:
     """Owns the leases, peers and pulls of an awake rank. Only the transfer thread uses it."""
 
-    def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
+    def __init__(
+        self, setup: TransferSetup, socket: PrefillSocket, emit: Callable[[TransferEvent], None]
+    ) -> None:
         """Open the connector. Raises TransferError."""
         identity, connector, settings = setup.identity, setup.connector, setup.settings
         self._setup = setup
         self._socket = socket
-        self._events: list[TransferEvent] = []
+        self._emit = emit
         self._releases_peers = False
         scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv.device))
         # Peers read the pattern to prove the path. The pattern is derived from the agent's name, so
@@ -99,7 +101,7 @@ class TransferSides:
             settings=settings,
             clock=setup.clock,
             report=setup.report,
-            emit=self._events.append,
+            emit=emit,
         )
         # Decode ranks connect as soon as the registry shows a prefill rank, so that a pair is
         # proven before it gets traffic.
@@ -119,17 +121,13 @@ class TransferSides:
         if not self._releases_peers:
             self._peers.update(entries)
 
-    def turn(self) -> list[TransferEvent]:
-        """Answer decode ranks, advance peers and pulls, and return the events."""
+    def turn(self) -> None:
         # Answer first: other ranks wait for the answers, while this rank's READs need no help.
         # Advance peers before pulls, because pulls use the answers that peers receive.
-        self._events += self._prefill.turn(self._socket.receive())
+        for ended in self._prefill.turn(self._socket.receive()):
+            self._emit(ended)
         self._peers.advance()
         self._pulls.advance()
-        events = self._events[:]
-        # Clear the list in place: ``decode_setup.emit`` is its ``append``.
-        self._events.clear()
-        return events
 
     def register(self, poller: zmq.Poller) -> None:
         for peer in self._peers.all():
@@ -148,21 +146,6 @@ class TransferSides:
             due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - max(polled))))
         return min([longest_s, *(max(0.0, at - now) for at in due_at)])
 
-    @property
-    def is_idle(self) -> bool:
-        """Return True if there is no lease, no pull that owns blocks and no write to a peer."""
-        return self._prefill.is_idle and not self._pulls.hold_blocks
-
-    @property
-    def is_quiet(self) -> bool:
-        """Return True if idle and without peers: nothing uses the memory or can begin to."""
-        return self.is_idle and not self._peers.all()
-
-    @property
-    def has_pending_reads(self) -> bool:
-        """Return True if READs may still write to memory of this rank, even after ``close``."""
-        return any(peer.reading_since() for peer in self._peers.all())
-
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         setup = self._setup
         if any(peer.is_connecting for peer in self._peers.peers.values()):
@@ -178,22 +161,29 @@ class TransferSides:
             and is_source(setup.compatibility.num_kv_heads, prefill=setup.identity, decode=entry)
         )
 
-    def release_peers(self) -> None:
-        """Disconnect all peers and accept no new peers, because the memory will be freed."""
+    def release_peers(self) -> bool:
+        """Disconnect all peers and accept no new peers, once there is no lease, no pull that owns
+        blocks and no write to a peer. Return True if nothing uses the memory any more.
+        """
+        # Not earlier, because pulls from a lost peer fail.
+        if not self._prefill.is_idle or self._pulls.hold_blocks:
+            return False
         self._releases_peers = True
         self._peers.lose_all("this engine falls asleep")
+        return not self._peers.all()
 
     def readmit_peers(self, entries: Sequence[Entry]) -> None:
         """Connect again, because the memory is not freed after all."""
         self._releases_peers = False
         self._peers.update(entries)
 
-    def close(self) -> None:
-        """Disconnect the peers and close the connector. Pending READs are abandoned."""
+    def close(self) -> bool:
+        """Disconnect the peers and close the connector. Return False if a READ may still write."""
         # Peers first: their connections can only be closed while the connector is open.
         for peer in self._peers.all():
             peer.lose("this rank is closing")
         self._setup.connector.close()
+        return not any(peer.reading_since() for peer in self._peers.all())
 
 
 class TransferThread:
@@ -303,7 +293,7 @@ class TransferThread:
     def _run(self) -> None:
         sleep_precisely()
         try:
-            self._sides = TransferSides(self._setup, self._socket)
+            self._sides = TransferSides(self._setup, self._socket, self._events.put)
             self._started.set()
             try:
                 # Commands first, so that a question about a lease is answered in the turn of its
@@ -352,10 +342,10 @@ class TransferThread:
             for identity, message in self._socket.receive():
                 reason = f"{self._name} is asleep"
                 self._socket.send(identity, Refused(call_id=message.call_id, reason=reason))
-        elif events := self._sides.turn():
-            for event in events:
-                self._events.put(event)
-            self._wake_engine()
+        else:
+            self._sides.turn()
+            if not self._events.empty():
+                self._wake_engine()
         if self._suspension is not None:
             self._advance_suspension(*self._suspension)
         if not self.connected and self._sides is not None:
@@ -388,10 +378,7 @@ class TransferThread:
 
     def _advance_suspension(self, deadline_at: float, done: Future[None]) -> None:
         """Close the sides once nothing uses the memory; at the deadline, connect peers again."""
-        # Not earlier, because pulls from a lost peer fail.
-        if self._sides is not None and self._sides.is_idle:
-            self._sides.release_peers()
-        if self._sides is None or self._sides.is_quiet:
+        if self._sides is None or self._sides.release_peers():
             # Before the future is done, because the caller then frees the memory at once.
             self._close_sides()
             self._suspension = None
@@ -404,7 +391,7 @@ class TransferThread:
     def _resume(self, done: Future[None]) -> None:
         if self._sides is None:
             try:
-                self._sides = TransferSides(self._setup, self._socket)
+                self._sides = TransferSides(self._setup, self._socket, self._events.put)
             except TransferError as error:
                 # A new exception: the traceback would keep the KV cache alive.
                 done.set_exception(TransferError(str(error)))
@@ -415,11 +402,9 @@ class TransferThread:
         done.set_result(None)
 
     def _close_sides(self) -> None:
-        if self._sides is not None:
-            self._sides.close()
-            # A READ cannot be cancelled and may still write to the KV cache: keep that alive.
-            if not self._sides.has_pending_reads:
-                self._sides = None
+        # A READ cannot be cancelled and may still write to the KV cache: keep that alive.
+        if self._sides is not None and self._sides.close():
+            self._sides = None
 
 
 def _await(done: Future[None], timeout_s: float) -> None:
