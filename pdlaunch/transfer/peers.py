@@ -75,10 +75,6 @@ class Peer:
         self._num_failures = 0
 
     @property
-    def is_connecting(self) -> bool:
-        return self.state in ("asking", "probing", "waiting")
-
-    @property
     def is_gone(self) -> bool:
         return self.state in ("lost", "incompatible")
 

@@ -100,10 +100,6 @@ class Share:
         return self._read is not None
 
     @property
-    def is_verifying(self) -> bool:
-        return self.ended_at is not None and not self.is_proven
-
-    @property
     def stage(self) -> str:
         if self._lease is None:
             return "beginning" if self.peer.state == "ready" else "connecting"
@@ -347,7 +343,7 @@ class Pull:
 
     def hashing_since(self) -> Iterator[float]:
         for share in self._shares:
-            if share.is_verifying and share.ended_at is not None and not self._finished:
+            if share.ended_at is not None and not share.is_proven and not self._finished:
                 yield share.ended_at
 
     def deadlines(self) -> Iterator[float]:

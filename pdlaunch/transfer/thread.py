@@ -148,7 +148,8 @@ class TransferSides:
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         setup = self._setup
-        if any(peer.is_connecting for peer in self._peers.peers.values()):
+        states = {peer.state for peer in self._peers.peers.values()}
+        if not states.isdisjoint(("asking", "probing", "waiting")):
             return False
         # Decode ranks start handshakes: a prefill rank checks which decode ranks have sent one.
         return setup.role == "decode" or self._prefill.known_ranks.issuperset(

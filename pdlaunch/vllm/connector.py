@@ -108,7 +108,15 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         _show_logs()
         if role == base.KVConnectorRole.SCHEDULER:
             dp_rank = vllm_config.parallel_config.data_parallel_index
-            self._link = _scheduler_link(self._setup, dp_rank)
+            setup = self._setup
+            self._link = ControlClient(
+                SecureContext(setup.keys),
+                setup.link,
+                f"{dp_engine(setup.name, dp_rank, setup.dp_size)}/scheduler",
+                lambda _: None,
+                encode=from_engine.encode,
+                decode=to_worker.decode,
+            )
             self._scheduling = Scheduling(
                 self._setup,
                 KVTransferSettings.model_validate_json(self._setup.kv_transfer),
@@ -270,17 +278,6 @@ def _read_setup() -> KVSetup:
             f"pdlaunch.vllm.connector is for engines that pdlaunch starts: {KV_SETUP} is not set"
         )
     return msgspec.json.decode(Path(name).read_bytes(), type=KVSetup)
-
-
-def _scheduler_link(setup: KVSetup, dp_rank: int) -> ControlClient:
-    return ControlClient(
-        SecureContext(setup.keys),
-        setup.link,
-        f"{dp_engine(setup.name, dp_rank, setup.dp_size)}/scheduler",
-        lambda _: None,
-        encode=from_engine.encode,
-        decode=to_worker.decode,
-    )
 
 
 def _refusal(vllm_config: Any, num_groups: int) -> str:

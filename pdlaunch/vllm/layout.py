@@ -104,7 +104,7 @@ def read_layout(
     """
     groups = [
         [
-            _layer(name, _spec_of(group, name), kv_caches[name], kv_cache_config.num_blocks)
+            _layer(name, group, kv_caches[name], kv_cache_config.num_blocks)
             for name in sorted(group.layer_names, key=lambda name: (len(name), name))
         ]
         for group in kv_cache_config.kv_cache_groups
@@ -150,12 +150,9 @@ def window_of(spec: Any) -> int | None:
     return None if window is None else int(window)
 
 
-def _spec_of(group: Any, name: str) -> Any:
+def _layer(name: str, group: Any, tensor: Any, num_blocks: int) -> _Layer:
     spec = group.kv_cache_spec
-    return getattr(spec, "kv_cache_specs", {name: spec})[name]
-
-
-def _layer(name: str, spec: Any, tensor: Any, num_blocks: int) -> _Layer:
+    spec = getattr(spec, "kv_cache_specs", {name: spec})[name]
     kind = type(spec).__name__
     if not kind.startswith(_KINDS) or not isinstance(tensor, torch.Tensor):
         raise UnknownLayout(f"layer {name} keeps its state as {kind}, which is not supported yet")

@@ -18,7 +18,7 @@ import torch
 
 from pdlaunch import __version__
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.engine.memory.pools import KV_CACHE, DeviceKVMemory, MemoryPools
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.machine.network import tcp_endpoint
@@ -155,7 +155,10 @@ class Worker:
                     checksum=algorithm_for(layout.kv) if settings.verify else "off",
                 ),
                 kv=layout.kv,
-                kv_memory=_memory_on(layout.kv.device, pools),
+                # Exports the KV cache by handles of our pools, or by CUDA IPC
+                kv_memory=PrivateKVMemory()
+                if self._device.type == "cpu"
+                else DeviceKVMemory(pools, self._device),
                 first_kv_head=layout.first_head,
                 connector=connector,
                 context=self._context,
@@ -336,8 +339,3 @@ class Worker:
     def _report(self, message: ToSupervisor) -> None:
         if isinstance(message, PairReady | PairFailed):
             self._link.send(message)
-
-
-def _memory_on(device: torch.device, pools: MemoryPools) -> KVMemory:
-    """Return the KV memory that exports the KV cache: by handles of our pools, or by CUDA IPC."""
-    return PrivateKVMemory() if device.type == "cpu" else DeviceKVMemory(pools, device)

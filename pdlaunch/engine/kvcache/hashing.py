@@ -39,7 +39,8 @@ class TokenHasher:
         num_blocks = (len(token_ids) - start) // self._block_size
         if num_blocks > 0:
             end = start + num_blocks * self._block_size
-            self.block_hashes.extend(_chain(self._last(), token_ids[start:end], self._block_size))
+            parent = self.block_hashes[-1] if self.block_hashes else self._root
+            self.block_hashes += _chain(parent, token_ids[start:end], self._block_size)
 
     def prompt_hashes(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
         """Return the hashes of all blocks of the prompt; the last block may be partial."""
@@ -51,9 +52,6 @@ class TokenHasher:
             # The length is hashed, too, so that a partial block never equals a full block.
             hashes += _chain(hashes[-1] if hashes else self._root, tail, len(tail))
         return hashes
-
-    def _last(self) -> bytes:
-        return self.block_hashes[-1] if self.block_hashes else self._root
 
 
 def _chain(parent: bytes, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:

@@ -34,6 +34,8 @@ from pdlaunch.engine.kvcache.groups import (
     span_blocks,
 )
 
+FindBlock = Callable[[int, bytes], int | None]  # (group, block hash) -> block id
+
 
 class BlockPool:
     """Holds the state, owner count and hash of each block, 0 <= block id < num_blocks."""
@@ -270,7 +272,7 @@ class KVCacheManager:
         """Return the longest cached prefix of at most ``max_blocks`` logical blocks."""
 
         def end_of(group: int, start: int, limit: int) -> int:
-            return start + len(self._cached(group, block_hashes, start, limit))
+            return start + len(find_run(self.pool.find, group, block_hashes[start:limit]))
 
         length = longest_prefix(self._windows, self.block_size, max_blocks, end_of)
         return self.find_for_pull(block_hashes, length, length * self.block_size)
@@ -283,7 +285,7 @@ class KVCacheManager:
         """
         first = self._first_visible(num_computed)
         found = [
-            self._cached(group, block_hashes, start, max_blocks)
+            find_run(self.pool.find, group, block_hashes[start:max_blocks])
             for group, start in enumerate(first)
         ]
         return PrefixHit(first, found)
@@ -402,12 +404,13 @@ class KVCacheManager:
             default=sys.maxsize,
         )
 
-    def _cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
-        """Return the cached blocks from logical index ``start`` to the first gap or ``end``."""
-        found: list[int] = []
-        for index in range(start, end):
-            block_id = self.pool.find(group, block_hashes[index])
-            if block_id is None:
-                break
-            found.append(block_id)
-        return found
+
+def find_run(find: FindBlock, group: int, block_hashes: Sequence[bytes]) -> list[int]:
+    """Return the ids of the blocks before the first gap."""
+    found: list[int] = []
+    for block_hash in block_hashes:
+        block_id = find(group, block_hash)
+        if block_id is None:
+            break
+        found.append(block_id)
+    return found

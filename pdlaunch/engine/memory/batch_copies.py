@@ -67,7 +67,10 @@ class BatchCopies:
         """Enqueue copies of ``sizes[i]`` bytes in the order of ``main``. Raises TransferError."""
         share = max(1, min(-(-len(sizes) // self._num_streams), ENTRIES_A_CALL))
         starts = range(0, len(sizes), share)
-        helpers = self._helpers_of(main)[: max(0, len(starts) - 1)]
+        if main not in self._helpers:
+            new = [torch.cuda.Stream(main.device) for _ in range(self._num_streams - 1)]  # type: ignore[no-untyped-call]
+            self._helpers[main] = new
+        helpers = self._helpers[main][: max(0, len(starts) - 1)]
         before = main.record_event()
         for helper in helpers:
             helper.wait_event(before)
@@ -78,12 +81,6 @@ class BatchCopies:
         finally:  # even after a failure, because the first part of the batch is enqueued
             for helper in helpers:
                 main.wait_stream(helper)
-
-    def _helpers_of(self, main: torch.cuda.Stream) -> list[torch.cuda.Stream]:
-        if main not in self._helpers:
-            new = [torch.cuda.Stream(main.device) for _ in range(self._num_streams - 1)]  # type: ignore[no-untyped-call]
-            self._helpers[main] = new
-        return self._helpers[main]
 
     def _enqueue(
         self,

@@ -18,7 +18,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,7 +223,11 @@ class CuMemPools(MemoryPools):
             try:
                 self._driver.synchronize()
                 # After ``synchronize``, because queued work may still write to the memory.
-                self._back_up(found for found in falling_asleep if found.tag in keep)
+                for found in falling_asleep:
+                    if found.tag in keep:
+                        found.backup = self._driver.allocate_host(found.num_bytes)
+                        self._driver.copy_to_host(found.backup, found.address, found.num_bytes)
+                self._driver.synchronize()
             except DriverRefused as error:
                 self._finish_copies()
                 for allocation in falling_asleep:
@@ -305,12 +309,6 @@ class CuMemPools(MemoryPools):
         assert handle is not None
         self._driver.unmap(allocation.address, allocation.num_bytes)
         self._driver.release(handle)
-
-    def _back_up(self, allocations: Iterable[_Allocation]) -> None:
-        for allocation in allocations:
-            allocation.backup = self._driver.allocate_host(allocation.num_bytes)
-            self._driver.copy_to_host(allocation.backup, allocation.address, allocation.num_bytes)
-        self._driver.synchronize()
 
     def _finish_copies(self) -> None:
         with contextlib.suppress(DriverRefused):

@@ -81,12 +81,6 @@ def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> to
     return attended[0].transpose(0, 1)
 
 
-def has_fast_cudnn(device: torch.device) -> bool:
-    """Return True if cuDNN's attention is faster than flash attention on ``device``."""
-    has_cudnn: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
-    return has_cudnn and torch.cuda.get_device_capability(device)[0] >= CUDNN_CAPABILITY
-
-
 def varlen_flash() -> Callable[..., torch.Tensor]:
     """Return torch's varlen attention, with ``enable_gqa`` from torch 2.12 on."""
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -196,7 +190,10 @@ class TritonAttention(AttentionBackend):
         # Torch's varlen attention, if it supports this dtype and head size
         self.flash: Callable[..., torch.Tensor] = varlen_flash() if takes_flash else attend_by_mask
         self._has_cudnn = (
-            is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
+            is_half
+            and layout.head_dim <= CUDNN_MAX_HEAD_DIM
+            and bool(torch.backends.cudnn.is_available())  # type: ignore[no-untyped-call]
+            and torch.cuda.get_device_capability(kv_cache.device)[0] >= CUDNN_CAPABILITY
         )
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:
@@ -393,7 +390,7 @@ class TritonStep(AttentionStep):
             partials,
             scales[0],
             scales[1],
-            self._table_row(layer),
+            layer.group * len(self._tensors.lengths),  # the group's first row in ``tables``
             heads.scaling * LOG2_E.value,
             query.stride(0),
             query.stride(1),
@@ -467,7 +464,3 @@ class TritonStep(AttentionStep):
             **self._backend.cache_shape,
         )
         return keys, values
-
-    def _table_row(self, layer: _LayerCache) -> int:
-        """Return the first row of the layer's group in ``tables``."""
-        return layer.group * len(self._tensors.lengths)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, first_visible, longest_prefix
-from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
+from pdlaunch.engine.kvcache.manager import BlockTables, FindBlock, PrefixHit, find_run
 
 # A host block holds one KV block of one group. A job owns its device and host blocks until all
 # ranks have reported its end.
@@ -57,8 +57,6 @@ class JobFinished:
     num_bytes: int = 0
 
 
-# (group, block hash) -> block id: ``BlockPool.find``, ``HostTier.find``
-FindBlock = Callable[[int, bytes], int | None]
 Move = tuple[int, int, BlockKey]  # device block, host block, content
 
 
@@ -223,8 +221,8 @@ class OffloadPlanner:
         """
 
         def runs(group: int, start: int, limit: int) -> tuple[list[int], list[int]]:
-            device = _run(find_on_device, group, block_hashes[start:limit])
-            host = _run(self.tier.find, group, block_hashes[start + len(device) : limit])
+            device = find_run(find_on_device, group, block_hashes[start:limit])
+            host = find_run(self.tier.find, group, block_hashes[start + len(device) : limit])
             return device, host
 
         def end_of(group: int, start: int, limit: int) -> int:
@@ -299,14 +297,3 @@ class OffloadPlanner:
         self._next_job_id += 1
         self._jobs[job.job_id] = job
         return job
-
-
-def _run(find: FindBlock, group: int, block_hashes: Sequence[bytes]) -> list[int]:
-    """Return the ids of the blocks before the first gap."""
-    found: list[int] = []
-    for block_hash in block_hashes:
-        block_id = find(group, block_hash)
-        if block_id is None:
-            break
-        found.append(block_id)
-    return found

@@ -187,7 +187,13 @@ class Generation:
         if num_open == 0:
             self.release()
             return None
-        first_tokens = PdlaunchParams(first_tokens=[_first_token(delta) for delta in deltas])
+        tokens = [
+            msgspec.structs.replace(
+                *delta.tokens, finish_reason="stop" if delta.finish_reason == "stop" else None
+            )
+            for delta in deltas
+        ]
+        first_tokens = PdlaunchParams(first_tokens=tokens)
         if self._remote_kv is None:
             return {
                 "do_remote_prefill": False,
@@ -237,12 +243,6 @@ class Generation:
                     event.tokens, event.reason, ends_with_stop_token=stops, prompt=event.prompt
                 )
         return delta
-
-
-def _first_token(delta: Delta) -> TokenOutput:
-    (token,) = delta.tokens
-    is_stop = delta.finish_reason == "stop"
-    return msgspec.structs.replace(token, finish_reason="stop" if is_stop else None)
 
 
 def _known(
