@@ -7,6 +7,7 @@ Work that takes several turns of the step loop is a generator: each ``yield`` en
 import logging
 import math
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 
 from pdlaunch.engine.memory.pools import TAGS
 from pdlaunch.engine.runner import ModelRunner
@@ -26,37 +27,28 @@ UNMAP_TIMEOUT_S = 5.0
 POLL_S = 0.05  # time between checks whether the engine is idle, or peers have shaken hands
 
 
+@dataclass(eq=False)
 class RankSleeper:
     """Puts one rank to sleep and wakes it up. A turn may take seconds, because no request runs."""
 
-    def __init__(
-        self,
-        memory: ModelRunner,
-        transfer: TransferThread,
-        announce: Callable[[SleepState], None],
-        *,
-        peers_timeout_s: float,
-        clock: Callable[[], float],
-    ) -> None:
-        """``announce`` informs the supervisor; peers have ``peers_timeout_s`` to reconnect."""
-        self._memory = memory
-        self._transfer = transfer
-        self._announce = announce
-        self._peers_timeout_s = peers_timeout_s
-        self._clock = clock
-        self._report: SleepReport | None = None  # sent once peers have shaken hands
-        self._peers_until_at = 0.0  # 0: this rank waits for no peers
+    memory: ModelRunner
+    transfer: TransferThread
+    announce: Callable[[SleepState], None]  # informs the supervisor
+    peers_timeout_s: float  # for peers to reconnect
+    clock: Callable[[], float]
+    report: SleepReport | None = None  # sent once peers have shaken hands
+    peers_until_at: float = 0.0  # 0: this rank waits for no peers
 
     @property
     def sleeping_tags(self) -> list[str]:
-        return sorted(self._memory.sleeping_tags)
+        return sorted(self.memory.sleeping_tags)
 
     @property
     def is_busy(self) -> bool:
-        return self._report is not None
+        return self.report is not None
 
     def begin(self, message: SleepRank | WakeRank) -> None:
-        num_bytes, error, self._peers_until_at = 0, None, 0.0
+        num_bytes, error, self.peers_until_at = 0, None, 0.0
         try:
             if isinstance(message, SleepRank):
                 num_bytes = self._sleep(message.level)
@@ -64,114 +56,105 @@ class RankSleeper:
                 num_bytes = self._wake_up(message.tags)
         except (MemoryPoolError, ConfigError) as found:
             error = str(found)
-        self._report = SleepReport(
+        self.report = SleepReport(
             num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=error
         )
 
     def advance(self) -> SleepReport | None:
         """Return the report of the last message, once all peers have shaken hands or time is up."""
-        if self._peers_until_at and not self._transfer.connected:
-            if self._clock() < self._peers_until_at:
+        if self.peers_until_at and not self.transfer.connected:
+            if self.clock() < self.peers_until_at:
                 return None
             logger.warning("after waking up, some peers did not shake hands in time")
-        self._peers_until_at = 0.0
-        report, self._report = self._report, None
+        self.peers_until_at = 0.0
+        report, self.report = self.report, None
         return report
 
     def _sleep(self, level: int) -> int:
         """Disconnect peers, then free the memory. After a MemoryPoolError, the rank is awake."""
-        if self._memory.sleeping_tags:
+        if self.memory.sleeping_tags:
             return 0
         try:
-            self._transfer.suspend(TRANSFER_TIMEOUT_S)
+            self.transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
             raise MemoryPoolError(str(error)) from None
         # Peers see this in the registry and unmap the memory. Not announced earlier, because a rank
         # whose transfers do not end stays awake.
-        self._announce(SleepState(state="sleeping"))
-        if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
+        self.announce(SleepState(state="sleeping"))
+        if not self.transfer.wait_unmapped(UNMAP_TIMEOUT_S):
             logger.warning(
                 "a peer still maps the KV cache after %g s; the memory is freed once unmapped",
                 UNMAP_TIMEOUT_S,
             )
         try:
-            return self._memory.sleep(level)
+            return self.memory.sleep(level)
         except MemoryPoolError:
             self._reconnect()
             raise
 
     def _wake_up(self, tags: list[str]) -> int:
         """Allocate the memory again and accept peers. Raises MemoryPoolError or ConfigError."""
-        was_asleep = bool(self._memory.sleeping_tags)
-        num_bytes = self._memory.wake_up(tags)
-        if was_asleep and not self._memory.sleeping_tags:
+        was_asleep = bool(self.memory.sleeping_tags)
+        num_bytes = self.memory.wake_up(tags)
+        if was_asleep and not self.memory.sleeping_tags:
             self._reconnect()
-            self._peers_until_at = self._clock() + self._peers_timeout_s
+            self.peers_until_at = self.clock() + self.peers_timeout_s
         return num_bytes
 
     def _reconnect(self) -> None:
         """Accept peers again. Raises TransferError, which ends the rank."""
-        self._transfer.resume(TRANSFER_TIMEOUT_S)
-        self._announce(SleepState(state="awake"))
+        self.transfer.resume(TRANSFER_TIMEOUT_S)
+        self.announce(SleepState(state="awake"))
 
 
+@dataclass(eq=False)
 class SleepCoordinator:
     """Handles one Sleep or WakeUp at a time in rank 0, and answers each with one SleepReply."""
 
-    def __init__(
-        self,
-        sleeper: RankSleeper,
-        *,
-        num_ranks: int,
-        notify_ranks: Callable[[SleepRank | WakeRank], None],
-        scheduler: Scheduler,
-        answer: Callable[[SleepReply], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._sleeper = sleeper
-        self._num_ranks = num_ranks
-        self._notify_ranks = notify_ranks
-        self._scheduler = scheduler
-        self._answer = answer
-        self._clock = clock
-        self._work: Generator[None, None, None] | None = None
-        self._reports: list[SleepReport] = []
-        self.computes = True  # requests may be scheduled, because no memory is asleep
+    sleeper: RankSleeper
+    num_ranks: int
+    notify_ranks: Callable[[SleepRank | WakeRank], None]
+    scheduler: Scheduler
+    answer: Callable[[SleepReply], None]
+    clock: Callable[[], float]
+    work: Generator[None, None, None] | None = None
+    reports: list[SleepReport] = field(default_factory=list)
+    computes: bool = True  # requests may be scheduled, because no memory is asleep
 
     @property
     def sleeping_tags(self) -> list[str]:
         """Return the tags whose memory is asleep; never empty while the engine refuses requests."""
-        return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
+        return [] if self.computes else self.sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
-        return math.inf if self._work is None else POLL_S
+        return math.inf if self.work is None else POLL_S
 
     def begin(self, call: Sleep | WakeUp) -> None:
-        if self._work is not None:
+        if self.work is not None:
             self._reply(call, error="the engine still handles another sleep or wake-up")
         elif self.computes == isinstance(call, WakeUp):
             self._reply(call)  # the engine is in the wanted state already
         else:
             # Starts at the end of this turn, after ended requests have freed their blocks.
-            self._work = self._fall_asleep(call) if isinstance(call, Sleep) else self._wake_up(call)
+            self.work = self._fall_asleep(call) if isinstance(call, Sleep) else self._wake_up(call)
 
     def forget_caller(self) -> None:
         """Drop the call of a server that has restarted, unless the ranks have begun it."""
         if self.computes:
-            self._work = None
+            self.work = None
 
     def on_report(self, report: SleepReport) -> None:
-        self._reports.append(report)
+        self.reports.append(report)
 
     def advance(self) -> None:
         # ``self`` stands for the end of the generator, which yields None.
-        if self._work is not None and next(self._work, self) is self:
-            self._work = None
+        if self.work is not None and next(self.work, self) is self:
+            self.work = None
 
     def _fall_asleep(self, call: Sleep) -> Generator[None, None, None]:
-        deadline_at = self._clock() + call.timeout_s
+        deadline_at = self.clock() + call.timeout_s
         while busy := self._what_is_busy():
-            if self._clock() >= deadline_at:
+            if self.clock() >= deadline_at:
                 self._reply(call, error=f"the engine cannot sleep now: {busy}")
                 return
             yield
@@ -179,7 +162,7 @@ class SleepCoordinator:
         self.computes = False
         num_bytes, error = yield from self._notify_all(SleepRank(level=call.level))
         # Even if a rank has failed, because the other ranks have lost their KV cache.
-        self._scheduler.requests.reset_prefix_cache()
+        self.scheduler.requests.reset_prefix_cache()
         if error is not None:
             num_bytes, _ = yield from self._notify_all(WakeRank(tags=list(TAGS)))
         self._reply(call, num_bytes, error)
@@ -192,28 +175,28 @@ class SleepCoordinator:
         self, message: SleepRank | WakeRank
     ) -> Generator[None, None, tuple[int, str | None]]:
         """Send the message to all ranks; return the sum of their bytes, and their errors."""
-        self._reports = []
-        self._notify_ranks(message)
-        self._sleeper.begin(message)
-        while (report := self._sleeper.advance()) is None:
+        self.reports = []
+        self.notify_ranks(message)
+        self.sleeper.begin(message)
+        while (report := self.sleeper.advance()) is None:
             yield
-        self._reports.append(report)
-        while len(self._reports) < self._num_ranks:
+        self.reports.append(report)
+        while len(self.reports) < self.num_ranks:
             yield
-        self.computes = not any(report.sleeping_tags for report in self._reports)
-        errors = {report.error for report in self._reports if report.error is not None}
-        num_bytes = sum(report.num_bytes for report in self._reports)
+        self.computes = not any(report.sleeping_tags for report in self.reports)
+        errors = {report.error for report in self.reports if report.error is not None}
+        num_bytes = sum(report.num_bytes for report in self.reports)
         return num_bytes, "; ".join(sorted(errors)) or None
 
     def _what_is_busy(self) -> str:
-        holds = what_holds_blocks(self._scheduler.requests.stats())
-        return holds or ("work is queued" if self._scheduler.has_work() else "")
+        holds = what_holds_blocks(self.scheduler.requests.stats())
+        return holds or ("work is queued" if self.scheduler.has_work() else "")
 
     def _reply(self, call: Sleep | WakeUp, num_bytes: int = 0, error: str | None = None) -> None:
         if error is not None:
             logger.warning("%s: %s", type(call).__name__, error)
         tags = self.sleeping_tags
-        self._answer(
+        self.answer(
             SleepReply(call_id=call.call_id, sleeping_tags=tags, num_bytes=num_bytes, error=error)
         )
 

@@ -358,6 +358,7 @@ def open_kv_memory(
     return DeviceKVMemory(pools, device, mapped_alone=mapped_alone)
 
 
+@dataclass(eq=False)
 class DeviceKVMemory(KVMemory):
     """Allocates on one device, from a CuMem pool if there is one, else from torch's own allocator.
     Only the thread that owns the pools may call ``zeros``; any thread with the device's current
@@ -368,30 +369,22 @@ class DeviceKVMemory(KVMemory):
     memory that peers must map.
     """
 
-    def __init__(
-        self,
-        pools: MemoryPools,
-        device: torch.device,
-        new_driver: Callable[[int], CudaMemoryDriver] = CudaMemoryDriver,
-        *,
-        mapped_alone: bool = False,
-    ) -> None:
-        """``new_driver`` takes the device index. It is called at the first export or map."""
-        self._pools = pools
-        self._device = device
-        self._new_driver = new_driver
-        self._mapped_alone = mapped_alone
+    pools: MemoryPools
+    device: torch.device
+    # Takes the device index. It is called at the first export or map.
+    new_driver: Callable[[int], CudaMemoryDriver] = CudaMemoryDriver
+    mapped_alone: bool = False
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        segments = expandable_segments_off() if self._mapped_alone else contextlib.nullcontext()
-        with segments, self._pools.memory_pool(KV_CACHE):
-            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        segments = expandable_segments_off() if self.mapped_alone else contextlib.nullcontext()
+        with segments, self.pools.memory_pool(KV_CACHE):
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
 
     def export(self, tensor: torch.Tensor) -> Export:
         assert tensor.is_contiguous()
         start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         try:
-            export = self._pools.export(start, num_bytes) or self._export_plain(start, num_bytes)
+            export = self.pools.export(start, num_bytes) or self._export_plain(start, num_bytes)
         except MemoryPoolError as error:
             raise NotShareable(str(error)) from error
         try:
@@ -456,7 +449,7 @@ class DeviceKVMemory(KVMemory):
     @cached_property
     def _driver(self) -> CudaMemoryDriver:
         try:
-            return self._new_driver(self._device.index or 0)
+            return self.new_driver(self.device.index or 0)
         except ConfigError as error:
             raise NotShareable(
                 "the package cuda-bindings is not installed: pip install 'pdlaunch[cuda]'"

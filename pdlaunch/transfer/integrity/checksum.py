@@ -7,6 +7,7 @@ the same checksums without copying the blocks. Source: XXH3 of the xxHash librar
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,31 +33,25 @@ _WEIGHT = 0x9E3779B97F4A7C15
 ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
 
+@dataclass(eq=False)
 class Checksums:
     """Checksums that are computed, or are being computed on a device."""
 
-    def __init__(
-        self,
-        join: Callable[[], ChecksumArray],
-        ended: torch.cuda.Event | None = None,
-        kept: Sequence[torch.Tensor] = (),
-    ) -> None:
-        """``join`` returns them after ``ended``; ``kept`` stays alive until then for the kernel."""
-        self._join = join
-        self._ended = ended
-        self._kept = kept
-        self._values: ChecksumArray | None = None
+    join: Callable[[], ChecksumArray]  # returns them after ``ended``
+    ended: torch.cuda.Event | None = None
+    kept: Sequence[torch.Tensor] = ()  # stays alive until then for the kernel
+    values: ChecksumArray | None = None
 
     def ready(self) -> bool:
-        return self._ended is None or bool(self._ended.query())  # type: ignore[no-untyped-call]
+        return self.ended is None or bool(self.ended.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> ChecksumArray:
         """Wait for the checksums and return them by block and head, group by group."""
-        if self._values is None:
-            if self._ended is not None:
-                self._ended.synchronize()
-            self._values, self._kept = self._join(), ()
-        return self._values
+        if self.values is None:
+            if self.ended is not None:
+                self.ended.synchronize()
+            self.values, self.kept = self.join(), ()
+        return self.values
 
 
 class KVHasher:
