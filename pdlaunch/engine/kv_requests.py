@@ -44,24 +44,18 @@ class Incoming:
     host_ids: frozenset[int] = frozenset()  # blocks of host memory that a load reads
 
 
+@dataclass(eq=False)
 class KVTransfers:
     """Owns the blocks of leases, pulls, loads and stores. ``planner``: None without a host tier."""
 
-    def __init__(
-        self,
-        kv: KVCacheManager,
-        spec: EngineSpec,
-        counts: dict[str, float],
-        engine_id: EngineId,
-        port: int,
-        planner: OffloadPlanner | None,
-    ) -> None:
-        """``counts``: the engine's totals, updated here; ``port``: of the side channel."""
-        self._kv = kv
-        self._spec = spec
-        self._counts = counts
-        self._local = engine_id, port
-        self._planner = planner
+    kv: KVCacheManager
+    spec: EngineSpec
+    counts: dict[str, float]  # the engine's totals, updated here
+    engine_id: EngineId
+    port: int  # of the side channel
+    planner: OffloadPlanner | None
+
+    def __post_init__(self) -> None:
         # Commands and jobs that have not been sent to the ranks yet, oldest first.
         self.commands: list[TransferCommand] = []
         self.jobs: list[OffloadJob] = []
@@ -85,8 +79,8 @@ class KVTransfers:
         if is_over or not message.do_remote_decode:
             return None
         lease_id, num_tokens = lease_of(request.request_id), request.num_prompt_tokens
-        lease_s = self._spec.kv_transfer.lease_s
-        leased = self._kv.lease(request.tables, num_tokens)
+        lease_s = self.spec.kv_transfer.lease_s
+        leased = self.kv.lease(request.tables, num_tokens)
         self.leases[lease_id] = leased.block_ids
         self.commands.append(
             GrantLease(
@@ -101,15 +95,14 @@ class KVTransfers:
         )
         num_blocks = sum(map(len, leased.block_ids))
         request.mark("lease granted", seconds=lease_s, blocks=num_blocks)
-        engine_id, port = self._local
         return RemoteKV(
-            engine_id=engine_id,
+            engine_id=self.engine_id,
             lease_id=lease_id,
-            host=self._spec.advertise_address,
-            port=port,
+            host=self.spec.advertise_address,
+            port=self.port,
             block_ids=leased.block_ids,
             num_tokens=num_tokens,
-            tp_size=self._spec.tensor_parallel_size,
+            tp_size=self.spec.tensor_parallel_size,
             lease_s=lease_s,
         )
 
@@ -117,7 +110,7 @@ class KVTransfers:
         # Full blocks stay in the prefix cache until they are reused. Reversed, so that a prompt's
         # tail is reused before its head: without the head, the cache cannot find the tail.
         for block_ids in self.leases.pop(lease_id, []):
-            self._kv.pool.release(reversed(block_ids))
+            self.kv.pool.release(reversed(block_ids))
 
     # Pulls
 
@@ -132,8 +125,8 @@ class KVTransfers:
 
     def start_pull(self, request: Request, hit: PrefixHit) -> bool:
         """Share ``hit`` and pull the prompt's other blocks. Returns False if none is missing."""
-        end = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        starts = [hit.end(group) for group in range(self._kv.num_groups)]
+        end = self.kv.num_logical_blocks(request.num_prompt_tokens)
+        starts = [hit.end(group) for group in range(self.kv.num_groups)]
         if min(starts) == end:
             return False
         pull = self._take(request, hit, [end - start for start in starts])
@@ -142,9 +135,9 @@ class KVTransfers:
 
     def pull_nothing(self, request: Request) -> None:
         """Tell the prefill side that this reader no longer needs the lease."""
-        num_groups = self._kv.num_groups
+        num_groups = self.kv.num_groups
         # In each group, the pull begins where the prompt ends, so it brings no block.
-        end = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        end = self.kv.num_logical_blocks(request.num_prompt_tokens)
         nothing = Incoming(None, PrefixHit([], []), [[]] * num_groups)
         self._begin_pull(request, nothing, [end] * num_groups)
 
@@ -177,15 +170,15 @@ class KVTransfers:
 
     def drained(self, pull_id: PullId) -> None:
         for block_ids in self._quarantined.pop(pull_id, []):
-            self._kv.pool.drain(block_ids)
+            self.kv.pool.drain(block_ids)
 
     # Loads and stores
 
     def find_on_host(self, request: Request, max_blocks: int) -> HostHit | None:
         """Return the longest prefix that is partly in host memory; None if that adds nothing."""
-        if self._planner is None or not request.may_load:
+        if self.planner is None or not request.may_load:
             return None
-        return self._planner.find(request.hasher.block_hashes, max_blocks, self._kv.pool.find)
+        return self.planner.find(request.hasher.block_hashes, max_blocks, self.kv.pool.find)
 
     def is_loaded(self, hit: HostHit) -> bool:
         """Return whether another request loads a part of ``hit``; that part is cached soon."""
@@ -196,9 +189,9 @@ class KVTransfers:
         )
 
     def start_load(self, request: Request, hit: HostHit) -> None:
-        assert self._planner is not None
+        assert self.planner is not None
         load = self._take(request, hit.device, list(map(len, hit.host_ids)))
-        job = self._planner.begin_load(hit, load.block_ids, request.hasher.block_hashes)
+        job = self.planner.begin_load(hit, load.block_ids, request.hasher.block_hashes)
         load.host_ids = frozenset(job.host_ids)
         self._incoming[job.job_id] = load
         request.incoming = job.job_id
@@ -206,22 +199,22 @@ class KVTransfers:
 
     def store(self, request: Request, blocks: range) -> None:
         """Copy full blocks to host memory, unless they are there already."""
-        if self._planner is None or not blocks:
+        if self.planner is None or not blocks:
             return
-        job = self._planner.begin_store(request.tables, request.hasher.block_hashes, blocks)
+        job = self.planner.begin_store(request.tables, request.hasher.block_hashes, blocks)
         if job is not None:
-            self._kv.pool.share(job.block_ids)
+            self.kv.pool.share(job.block_ids)
             self.jobs.append(job)
 
     def finish_job(self, report: JobFinished) -> Incoming | None:
         """Release a store's blocks, or adopt or free a load's. Return the load, if it is one."""
-        assert self._planner is not None
-        job, counts = self._planner.finish(report), self._counts
+        assert self.planner is not None
+        job, counts = self.planner.finish(report), self.counts
         if job.direction == "store":
             counts["kv_offload_stored_bytes"] += report.num_bytes
             counts["kv_offload_store_failures"] += not report.ok
             # Reversed, so that a prompt's tail is reused before its head.
-            self._kv.pool.release(reversed(job.block_ids))
+            self.kv.pool.release(reversed(job.block_ids))
             return None
         counts["kv_offload_loaded_bytes"] += report.num_bytes
         counts["kv_offload_load_failures"] += not report.ok
@@ -231,7 +224,7 @@ class KVTransfers:
     def frees_blocks_soon(self) -> bool:
         """Return whether a block is owned by stores alone, whose end will free it."""
         return any(
-            self._kv.pool.num_owners(block_id) == num_copies
+            self.kv.pool.num_owners(block_id) == num_copies
             for block_id, num_copies in Counter(self._stored_ids()).items()
         )
 
@@ -242,31 +235,31 @@ class KVTransfers:
         assert request.incoming is not None
         incoming = self._incoming[request.incoming]
         incoming.request = None
-        self._kv.release_hit(incoming.hit)
+        self.kv.release_hit(incoming.hit)
         if request.phase is Phase.PULLING:
             self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
 
     def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
         # Share before allocating, because an allocation may reuse cached blocks that nobody owns.
-        self._kv.share_hit(hit)
-        return Incoming(request, hit, list(map(self._kv.pool.allocate_for_pull, counts)))
+        self.kv.share_hit(hit)
+        return Incoming(request, hit, list(map(self.kv.pool.allocate_for_pull, counts)))
 
     def _end(self, key: PullId | int, *, ok: bool, writes: bool = False) -> Incoming | None:
         """Give the blocks to the request, or free them; quarantine them if a READ ``writes``."""
         incoming = self._incoming.pop(key, None)
         if incoming is None:
             return None
-        request, pool = incoming.request, self._kv.pool
+        request, pool = incoming.request, self.kv.pool
         if request is not None:
             request.incoming = None
         if ok and request is not None:
-            self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
+            self.kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
             return incoming
         # The request has ended or the transfer has failed: keep none of the blocks.
         for block_ids in incoming.block_ids:
             (pool.quarantine if writes else pool.drop_pull)(block_ids)
         if request is not None:
-            self._kv.release_hit(incoming.hit)
+            self.kv.release_hit(incoming.hit)
         return incoming
 
     # State
@@ -276,23 +269,23 @@ class KVTransfers:
         found = {
             "num_leased_requests": len(self.leases),
             "num_leased_blocks": len({*_flat(self.leases.values())}),
-            "num_quarantined_blocks": self._kv.pool.num_quarantined_blocks,
+            "num_quarantined_blocks": self.kv.pool.num_quarantined_blocks,
         }
-        if self._planner is not None:
-            tier = self._planner.tier
+        if self.planner is not None:
+            tier = self.planner.tier
             found |= {
                 "num_host_blocks": tier.num_blocks,
                 "num_used_host_blocks": tier.num_used_blocks,
-                "num_offload_jobs": self._planner.num_jobs,
+                "num_offload_jobs": self.planner.num_jobs,
             }
-            self._counts["kv_offload_evicted_blocks"] = tier.num_evicted_blocks
+            self.counts["kv_offload_evicted_blocks"] = tier.num_evicted_blocks
         return found
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Check that these requests and this object own all used blocks. Raises AssertionError."""
         incoming = list(self._incoming.values())
         shared = [one.hit.block_ids for one in incoming if one.request is not None]
-        self._kv.pool.check_integrity(
+        self.kv.pool.check_integrity(
             owned=[
                 *_flat(request.tables.block_ids for request in requests),
                 *_flat([*self.leases.values(), *shared]),
@@ -301,11 +294,11 @@ class KVTransfers:
             pulling=_flat([one.block_ids for one in incoming]),
             quarantined=_flat(self._quarantined.values()),
         )
-        if self._planner is not None:
-            self._planner.check_integrity()
+        if self.planner is not None:
+            self.planner.check_integrity()
 
     def _stored_ids(self) -> Iterator[int]:
-        return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
+        return iter(()) if self.planner is None else self.planner.block_ids_in_flight("store")
 
 
 def _flat(owners: Iterable[list[list[int]]]) -> Iterator[int]:

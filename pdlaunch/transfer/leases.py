@@ -205,30 +205,22 @@ class _Question:
     asked_at: float
 
 
+@dataclass(eq=False)
 class PrefillSide:
     """Answers decode ranks about the leases of one rank. Only the transfer thread uses it. Each
     message except PullEnd gets one answer. Invalid messages are refused and change nothing.
     """
 
-    def __init__(
-        self,
-        card: HandshakeReply,
-        hasher: KVHasher | None,
-        connector: Connector,
-        send: Callable[[bytes, ToDecodeSide], None],
-        clock: Callable[[], float],
-    ) -> None:
-        """``card``: the answer to handshakes, without its call_id; ``hasher``: None without
-        ``verify``; ``send`` takes the ZMQ identity of the receiver and a message.
-        """
-        self.leases = LeaseTable(clock)
+    card: HandshakeReply  # the answer to handshakes, without its call_id
+    hasher: KVHasher | None  # None without ``verify``
+    connector: Connector
+    send: Callable[[bytes, ToDecodeSide], None]  # takes the ZMQ identity of the receiver first
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.leases = LeaseTable(self.clock)
         # Name and incarnation of each decode rank that has sent a handshake.
         self.known_ranks: set[tuple[str, int]] = set()
-        self._card = card
-        self._hasher = hasher
-        self._connector = connector
-        self._send = send
-        self._clock = clock
         self._unhashed: list[Lease] = []  # new leases whose checksums are not started yet
         self._waiting: list[_Question] = []  # messages that cannot be answered yet
         self._writes: list[tuple[_Question, Future[None]]] = []
@@ -246,7 +238,7 @@ class PrefillSide:
         """Answer messages, start the checksums of new leases, and return the leases that have
         ended. The engine frees their blocks; later messages about these leases are refused.
         """
-        now = self._clock()
+        now = self.clock()
         self._answer_all([_Question(*question, now) for question in received])
         # After the first answers, so that decode ranks read while the checksums are computed.
         if self._unhashed:
@@ -268,12 +260,12 @@ class PrefillSide:
 
     def hash_leases(self) -> None:
         for lease in self._unhashed:
-            if self._hasher is not None:
-                lease.checksums = self._hasher.start(lease.grant.block_ids, slice(None))
+            if self.hasher is not None:
+                lease.checksums = self.hasher.start(lease.grant.block_ids, slice(None))
         self._unhashed.clear()
 
     def _answer_all(self, received: list[_Question]) -> None:
-        now = self._clock()
+        now = self.clock()
         # In order of arrival: a PullEnd must not overtake its PullBegin.
         questions, self._waiting = [*self._waiting, *received], []
         for question in questions:
@@ -285,20 +277,20 @@ class PrefillSide:
             try:
                 reply = self._answer(question, message)
             except (LeaseError, TransferError) as error:
-                reason = f"{self._card.rank_name}: {error}"
+                reason = f"{self.card.rank_name}: {error}"
                 end = None
                 if not isinstance(message, Handshake):
                     end = self.leases.how_ended(message.lease_id)
                 reply = Refused(call_id=message.call_id, reason=reason, lease_end=end)
             if reply is not None:
-                self._send(question.identity, reply)
+                self.send(question.identity, reply)
 
     def _must_wait(self, message: ToPrefillSide) -> bool:
         """Return True if a message is about an unknown lease of this engine, or asks for checksums
         that are not computed. A grant may be late: rank 0 sends the prefill's answer once it has
         sent the grants, so a decode rank may ask another rank before that rank has its grant.
         """
-        if isinstance(message, Handshake | Push) or message.engine_id != self._card.engine_id:
+        if isinstance(message, Handshake | Push) or message.engine_id != self.card.engine_id:
             return False
         if (lease := self.leases.get(message.lease_id)) is None:
             return self.leases.how_ended(message.lease_id) is None
@@ -309,8 +301,8 @@ class PrefillSide:
         Raises LeaseError, TransferError.
         """
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
-        if asked != self._card.engine_id:
-            raise LeaseError(f"this rank belongs to engine_id {self._card.engine_id}, not {asked}")
+        if asked != self.card.engine_id:
+            raise LeaseError(f"this rank belongs to engine_id {self.card.engine_id}, not {asked}")
         call_id = message.call_id
         match message:
             case Handshake():
@@ -319,7 +311,7 @@ class PrefillSide:
                 )
                 # Also if the decode rank is incompatible: ``is_connected_to`` must not wait for it.
                 self.known_ranks.add((message.rank_name, message.incarnation))
-                return msgspec.structs.replace(self._card, call_id=call_id)
+                return msgspec.structs.replace(self.card, call_id=call_id)
             case PullBegin():
                 lease = self.leases.begin(
                     message.lease_id, message.reader, message.num_decode_ranks
@@ -354,13 +346,13 @@ class PrefillSide:
             case Push():
                 heads = self._check_push(message)
                 # A write cannot be cancelled: it owns the reader's blocks until the answer.
-                write = self._connector.push(message.target, message.block_ids, heads)
+                write = self.connector.push(message.target, message.block_ids, heads)
                 self._writes.append((question, write))
                 return None
 
     def _check_push(self, message: Push) -> range:
         """Return the KV heads to write. Raises LeaseError if the reader may not have them."""
-        if not self._connector.pushes:
+        if not self.connector.pushes:
             raise LeaseError("the connector here does not write to its readers")
         heads = range(message.first_head, message.first_head + message.num_heads)
         # This rank writes, so this rank must check what the reader may see. Without blocks, the
@@ -373,7 +365,7 @@ class PrefillSide:
                 for asked, held in zip(message.block_ids, leased, strict=True)
             ):
                 raise LeaseError(f"request {message.lease_id} has no lease for all of these blocks")
-            if not 0 <= heads.start < heads.stop <= self._card.geometry.num_kv_heads:
+            if not 0 <= heads.start < heads.stop <= self.card.geometry.num_kv_heads:
                 raise LeaseError(f"there are no {message.num_heads} heads from {heads.start} on")
         return heads
 
@@ -384,11 +376,11 @@ class PrefillSide:
                 pending.append((question, write))
                 continue
             failure = write.exception()
-            error = "" if failure is None else f"{self._card.agent_name}: {failure}"
+            error = "" if failure is None else f"{self.card.agent_name}: {failure}"
             if error:
                 logger.warning("a write to a reader failed: %s", error)
             ended = PushEnded(call_id=question.message.call_id, ok=not error, error=error)
-            self._send(question.identity, ended)
+            self.send(question.identity, ended)
         self._writes = pending
 
 

@@ -61,28 +61,21 @@ class GroupShape:
         return (num_tokens - self.window + 1) % self.block_size == 0
 
 
+@dataclass(eq=False)
 class Scheduling:
     """Answers vLLM's scheduler; one for each engine. Call ``take_commands`` once a step."""
 
-    def __init__(
-        self,
-        setup: KVSetup,
-        settings: KVTransferSettings,
-        groups: Sequence[GroupShape],
-        grant: Callable[[GrantLease], None],
-        *,
-        dp_rank: int,
-        tp_size: int,
-    ) -> None:
-        self._setup = setup
-        self._settings = settings
-        self._groups = groups
-        self._grant = grant
-        self._engine_id = setup.id_of(dp_rank)
-        self._tp_size = tp_size
-        self._root = root_hash(setup.model_digest)
-        self._hash_tokens = min(group.block_size for group in groups)
-        self._keeps_states = any(group.is_state for group in groups)
+    setup: KVSetup
+    settings: KVTransferSettings
+    groups: Sequence[GroupShape]
+    grant: Callable[[GrantLease], None]
+    dp_rank: int
+    tp_size: int
+
+    def __post_init__(self) -> None:
+        self._root = root_hash(self.setup.model_digest)
+        self._hash_tokens = min(group.block_size for group in self.groups)
+        self._keeps_states = any(group.is_state for group in self.groups)
         self._commands: list[TransferCommand] = []
         # Requests for which a lease was used: they are computed here from then on, if need be.
         self._asked: set[str] = set()
@@ -118,7 +111,7 @@ class Scheduling:
         num_tokens = self._num_lent(request, remote)
         # vLLM computes the last prompt token again.
         if num_tokens == request.num_prompt_tokens and any(
-            group.loses_context(num_tokens) for group in self._groups
+            group.loses_context(num_tokens) for group in self.groups
         ):
             return 0
         return max(0, num_tokens - num_cached)
@@ -182,7 +175,7 @@ class Scheduling:
         return min(remote.num_tokens, int(request.num_prompt_tokens) - int(self._keeps_states))
 
     def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
-        num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
+        num_tokens, lease_s = request.num_prompt_tokens, self.settings.lease_s
         blocks, firsts = self._blocks_of(tables, 0, num_tokens)
         lease_id = LeaseId(request.request_id)
         grant = GrantLease(
@@ -195,15 +188,15 @@ class Scheduling:
             lease_s=lease_s,
         )
         self._commands.append(grant)
-        self._grant(grant)
+        self.grant(grant)
         remote = RemoteKV(
-            engine_id=self._engine_id,
+            engine_id=self.setup.id_of(self.dp_rank),
             lease_id=lease_id,
-            host=self._setup.advertise_address,
+            host=self.setup.advertise_address,
             port=_NO_PORT,
             block_ids=blocks,
             num_tokens=num_tokens,
-            tp_size=self._tp_size,
+            tp_size=self.tp_size,
             lease_s=lease_s,
         )
         if self._keeps_states:
@@ -218,7 +211,7 @@ class Scheduling:
         tables: Sequence[Sequence[int]] | None,
         num_cached: int,
     ) -> None:
-        blocks: list[list[int]] = [[] for _ in self._groups]
+        blocks: list[list[int]] = [[] for _ in self.groups]
         firsts = [0] * len(blocks)
         # Not the request's id: if vLLM refuses a request, that is the id that the client chose.
         pull_id = f"visit-{next(self._visits)}"
@@ -250,7 +243,7 @@ class Scheduling:
             block table     | null | null | 17 | 4 | 23 | (room for tokens to come) |
         """
         blocks, firsts = [], []
-        for group, table in zip(self._groups, tables, strict=True):
+        for group, table in zip(self.groups, tables, strict=True):
             last = -(-num_tokens // group.block_size)
             first = last - 1 if group.is_state else min(num_before // group.block_size, last)
             while first < last and table[first] == NULL_BLOCK:
@@ -268,7 +261,7 @@ class Scheduling:
         root = self._root
         if lora or inputs or more:
             salt = "\n".join((lora, *inputs, *more))
-            root = root_hash(self._setup.model_digest, cache_salt=salt)
+            root = root_hash(self.setup.model_digest, cache_salt=salt)
         tokens = list(request.prompt_token_ids or ())[:num_tokens]
         return TokenHasher(root, self._hash_tokens).prompt_hashes(tokens, len(tokens))
 

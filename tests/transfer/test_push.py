@@ -63,7 +63,7 @@ class PushWorld(World):
 
     @property
     def writes(self) -> list[tuple[Any, Future[None]]]:
-        return self.holders["fake://1"].holder._connector.writes  # type: ignore[attr-defined]
+        return self.holders["fake://1"].holder.connector.writes  # type: ignore[attr-defined]
 
     def end_write(self, *, ok: bool) -> None:
         _, write = self.writes.pop(0)

@@ -20,6 +20,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -137,6 +138,7 @@ def copy_by_engines() -> Copy:
     )
 
 
+@dataclass(eq=False)
 class CopyQueue:
     """Runs the copies of one direction in order. Its thread calls ``report`` at each end.
 
@@ -144,27 +146,22 @@ class CopyQueue:
     a copy, returns the host blocks with wrong bytes. Only one thread may call the methods.
     """
 
-    def __init__(
-        self,
-        direction: Direction,
-        blocks: torch.Tensor,
-        host: HostMemory,
-        report: Callable[[JobFinished], None],
-        copy: Copy = copy_by_thread,
-        prove: Callable[[OffloadJob], list[int]] = lambda _: [],
-    ) -> None:
-        self._direction = direction
-        self._blocks = blocks
-        self._host = host
-        self._report = report
+    direction: Direction
+    blocks: torch.Tensor
+    host: HostMemory
+    report: Callable[[JobFinished], None]
+    copy: Copy = copy_by_thread
+    prove: Callable[[OffloadJob], list[int]] = lambda _: []
+
+    def __post_init__(self) -> None:
+        blocks = self.blocks
         self._place = RegionPlace(blocks.data_ptr(), blocks.shape[1], blocks.shape[1])
-        self._copy = copy
-        self._prove = prove
         self._stream = torch.cuda.Stream(blocks.device) if blocks.is_cuda else None  # type: ignore[no-untyped-call]
         self._ends: queue.SimpleQueue[tuple[OffloadJob, Callable[[], None]] | None] = (
             queue.SimpleQueue()
         )
-        self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
+        name = f"offload-{self.direction}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: OffloadJob) -> None:
@@ -184,24 +181,24 @@ class CopyQueue:
             wrong: list[int] = []
             try:
                 end()
-                num_bytes = len(job.block_ids) * self._blocks.shape[1]
-                if wrong := self._prove(job):
+                num_bytes = len(job.block_ids) * self.blocks.shape[1]
+                if wrong := self.prove(job):
                     error = f"checksums of host blocks {wrong} have changed since they were stored"
             except Exception as failure:
                 # Report any error, because the blocks must not be used.
                 error = f"{type(failure).__name__}: {failure}"
-            self._report(JobFinished(job.job_id, not error, error, wrong, num_bytes))
+            self.report(JobFinished(job.job_id, not error, error, wrong, num_bytes))
 
     def _copy_all(self, job: OffloadJob) -> None:
         ours, theirs = (
             pieces_of([place], [(0,)], [block_ids], range(1))
             for place, block_ids in (
                 (self._place, job.block_ids),
-                (self._host.place, job.host_ids),
+                (self.host.place, job.host_ids),
             )
         )
-        pair = (theirs, ours) if self._direction == "store" else (ours, theirs)
-        self._copy(*merge(*pair))
+        pair = (theirs, ours) if self.direction == "store" else (ours, theirs)
+        self.copy(*merge(*pair))
 
     def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], None]:
         """Enqueue the copies and return a function that waits for them."""
@@ -210,8 +207,8 @@ class CopyQueue:
         failure: Exception | None = None
         try:
             # The current stream may still have queued work that uses the blocks.
-            stream.wait_stream(torch.cuda.current_stream(self._blocks.device))
-            with torch.cuda.device(self._blocks.device), torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.current_stream(self.blocks.device))
+            with torch.cuda.device(self.blocks.device), torch.cuda.stream(stream):
                 self._copy_all(job)
                 end.record(stream)
         except (RuntimeError, TransferError) as error:
