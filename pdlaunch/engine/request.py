@@ -9,6 +9,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class Phase(enum.Enum):
 QUEUED = (Phase.WAITING, Phase.READY)
 
 
+@dataclass(eq=False)
 class Request:
     """Holds the state of one request.
 
@@ -63,20 +65,18 @@ class Request:
           in the KV cache    │    in flight        │    to schedule   │
     """
 
-    def __init__(
-        self,
-        message: AddRequest,
-        arrival: int,
-        output_limit: int,
-        tables: BlockTables,
-        hasher: TokenHasher,
-        prefix_keys: PrefixKeys,
-    ) -> None:
-        self.message = message
+    message: AddRequest
+    arrival: int
+    # Limit of output tokens: max_tokens, or what max_model_len leaves.
+    output_limit: int
+    tables: BlockTables
+    hasher: TokenHasher
+    prefix_keys: PrefixKeys
+
+    def __post_init__(self) -> None:
+        message = self.message
         # Its place in the queues, lower priorities first; kept through preemption.
-        self.order = (message.priority, arrival)
-        # Limit of output tokens: max_tokens, or what max_model_len leaves.
-        self.output_limit = output_limit
+        self.order = (message.priority, self.arrival)
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.phase = Phase.WAITING
@@ -87,9 +87,6 @@ class Request:
         self.num_cached_tokens: int | None = None
         # Prompt tokens that came from host memory by a load, and from another engine by a pull.
         self.num_host_tokens = self.num_remote_tokens = 0
-        self.tables = tables
-        self.hasher = hasher
-        self.prefix_keys = prefix_keys
         self.num_registered_blocks = 0  # logical blocks that are registered in the prefix cache
         self.row: int | None = None
         # Logical blocks that were sent to the ranks; None if the row was not sent yet.

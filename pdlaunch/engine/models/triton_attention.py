@@ -33,7 +33,6 @@ from pdlaunch.engine.models.attention import (
 from pdlaunch.engine.models.kernels import (
     LOG2_E,
     attend_decode,
-    gather_kv,
     reduce_splits,
     rotate_and_write,
 )
@@ -125,7 +124,7 @@ TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each multipro
 MAX_SPLITS = 32
 MIN_DOT = 16  # smallest side of a matrix product in Triton
 DECODE_TILE = 32  # positions that a decode program reads at a time
-COPY_TOKENS = 16  # tokens that a program writes or gathers, if there are more than ``FEW_TOKENS``
+COPY_TOKENS = 16  # tokens that a program writes, if there are more than ``FEW_TOKENS``
 FEW_TOKENS = 32
 
 
@@ -435,7 +434,10 @@ class TritonStep(AttentionStep):
         longest = max(step.chunk_lengths)
         key_starts, longest_key = step.chunk_starts, longest
         if step.prefix_slots:
-            key, value = self._gather(layer, step.prefix_slots[layer.group])
+            size, slots = backend.layout.block_size, step.prefix_slots[layer.group]
+            blocks, offsets = slots // size, slots % size
+            # Each is [num_slots, H, D].
+            key, value = (layer.cache[blocks, :, 0, part, offsets] for part in (0, 1))
             key_starts = step.prefix_starts[layer.group]
             longest_key = step.longest_prefixes[layer.group]
         return backend.flash(
@@ -449,18 +451,3 @@ class TritonStep(AttentionStep):
             scale=heads.scaling,
             window_size=(layer.window - 1, 0),  # -1: none
         )
-
-    def _gather(self, layer: _LayerCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values in ``slots``, each [num_slots, H, D]."""
-        layout = self._backend.layout
-        keys, values = layer.cache.new_empty((2, len(slots), layout.num_kv_heads, layout.head_dim))
-        gather_kv[(triton.cdiv(len(slots), COPY_TOKENS), layout.num_kv_heads)](
-            layer.cache,
-            slots,
-            keys,
-            values,
-            len(slots),
-            TOKENS=COPY_TOKENS,
-            **self._backend.cache_shape,
-        )
-        return keys, values
