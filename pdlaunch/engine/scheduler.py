@@ -72,10 +72,6 @@ class Scheduler:
         # No running request can go on before copies to host memory release blocks.
         self._stalls = False
 
-    def schedule(self) -> StepPlan:
-        assert not self._batch.steps
-        return self._schedule()
-
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the step after the one in flight, before its tokens are known. Return None if that
         step must be collected first: if there are prompts to compute (planning is short compared
@@ -98,7 +94,7 @@ class Scheduler:
             request.num_scheduled >= request.tables.end * self._block_size for request in going_on
         )
         has_room = num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
-        return self._schedule() if has_room else None
+        return self.schedule() if has_room else None
 
     def hand_over(self) -> StepPlan:
         return self._with_orders(StepPlan(step_id=-1))
@@ -135,7 +131,7 @@ class Scheduler:
             if item.sample:
                 self.requests.take_token(request, token)
 
-    def _schedule(self) -> StepPlan:
+    def schedule(self) -> StepPlan:
         # Clear this first: a preemption below sets it again, because it frees blocks for others.
         self.requests.may_progress = False
         step = _Draft(self._max_num_batched_tokens)

@@ -154,7 +154,14 @@ class Download:
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._done: torch.cuda.Event | None = None
-        self._tensors = [self._begin(tensor) for tensor in tensors]
+        self._tensors = [
+            tensor
+            if tensor.device.type == "cpu"
+            else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                tensor, non_blocking=True
+            )
+            for tensor in tensors
+        ]
         if device.type == "cuda":
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
@@ -163,14 +170,6 @@ class Download:
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
-
-    @staticmethod
-    def _begin(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-            tensor, non_blocking=True
-        )
 
 
 def upload(

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -54,12 +53,14 @@ class FileConnector(PushingConnector):
         return b"file"
 
     def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
-        settle = partial(self._settle, blocks.label, partial(self._take_blocks, blocks))
+        views = list(self.memory.kv.views(blocks.local_blocks, blocks.local_heads))
+        num_bytes = sum(view.numel() for view in views)
+        settle = partial(self._settle, blocks.label, views, num_bytes)
         return PendingRead(settle, blocks.label.encode())
 
     def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
         name = f"{secrets.token_hex(16)}/{secrets.token_hex(32)}"
-        settle = partial(self._settle, name, partial(_take_scratch, landing))
+        settle = partial(self._settle, name, [landing], peer.geometry.scratch_bytes)
         return PendingRead(settle, name.encode(), partial(self.store.remove, name))
 
     def _start(self, memory: LocalMemory) -> None:
@@ -76,39 +77,27 @@ class FileConnector(PushingConnector):
             data = torch.cat([view.flatten() for view in memory.kv.views(blocks, heads)])
         self.store.write(target.decode("ascii", "replace"), data.cpu())
 
-    def _settle(self, name: str, take: Callable[[torch.Tensor], None], error: str) -> ReadState:
-        """Load the prefill side's file. The READ fails if the contents do not fit."""
+    def _settle(
+        self, name: str, views: list[torch.Tensor], num_bytes: int, error: str
+    ) -> ReadState:
+        """Load the prefill side's file, of ``num_bytes``, and copy its beginning to ``views``."""
         if error:
             return "failed"
         device = self.memory.scratch.device
         try:
-            take(self.store.read(name, device))
+            found = self.store.read(name, device)
+            if (found.dtype, found.shape) != (torch.uint8, (num_bytes,)):
+                held = f"{found.dtype} {tuple(found.shape)}"
+                raise TransferError(f"the file holds {held}, expected {num_bytes} bytes")
         except TransferError as failure:
             logger.warning("%s: %s", name, failure)
             return "failed"
+        sizes = [view.numel() for view in views]
+        for view, part in zip(views, torch.split(found[: sum(sizes)], sizes), strict=True):
+            view.copy_(part.view(view.shape))
         if device.type == "cuda":  # The bytes must be visible to every stream.
             torch.cuda.current_stream(device).synchronize()
         return "done"
-
-    def _take_blocks(self, blocks: BlockRead, found: torch.Tensor) -> None:
-        views = list(self.memory.kv.views(blocks.local_blocks, blocks.local_heads))
-        sizes = [view.numel() for view in views]
-        _check_fits(found, (sum(sizes),), torch.uint8)
-        for view, part in zip(views, torch.split(found, sizes), strict=True):
-            view.copy_(part.view(view.shape))
-
-
-def _take_scratch(landing: torch.Tensor, found: torch.Tensor) -> None:
-    beginning = found[: len(landing)]
-    _check_fits(beginning, tuple(landing.shape), landing.dtype)
-    landing.copy_(beginning)
-
-
-def _check_fits(found: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if (tuple(found.shape), found.dtype) != (shape, dtype):
-        raise TransferError(
-            f"the file holds {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}"
-        )
 
 
 class FileStore:
