@@ -97,7 +97,7 @@ class HttpRunner(web.AppRunner):
         """Close the connections that have idled longest; return False if none is idle."""
         idle = [connection for connection in self._open if connection.is_idle]
         number = 1 + self._max_connections // _GIVING_WAY
-        for connection in heapq.nsmallest(number, idle, lambda each: each.idle_until_at):
+        for connection in heapq.nsmallest(number, idle, lambda one: one._next_keepalive_close_time):
             self._open.discard(connection)
             # Later: a connection that was just accepted may not have its socket yet.
             asyncio.get_running_loop().call_soon(connection.drop)
@@ -172,10 +172,6 @@ class _Connection(web.RequestHandler):
         if self._task_handler is None:
             return True
         return self._waiter is not None and not self._waiter.done()
-
-    @property
-    def idle_until_at(self) -> float:
-        return self._next_keepalive_close_time
 
     def drop(self) -> None:
         """Close the connection in any state; bytes already written are still sent."""

@@ -74,13 +74,11 @@ class SupervisorLink:
         late = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s", "no_answer"
         try:
             self._send(msgspec.structs.replace(command, question=number, expires_at=expires_at))
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                begun = await answers.get()
+            begun = await asyncio.wait_for(answers.get(), ANSWER_TIMEOUT_S)
             if begun.is_done:
                 return begun
             late = f"the command is not done after {CHANGE_TIMEOUT_S:g} s; it goes on", "not_ready"
-            async with asyncio.timeout(CHANGE_TIMEOUT_S):
-                ended = await answers.get()
+            ended = await asyncio.wait_for(answers.get(), CHANGE_TIMEOUT_S)
             return msgspec.structs.replace(begun, error=ended.error, is_done=True)
         except TimeoutError:
             raise _unavailable(*late) from None
@@ -172,7 +170,7 @@ class Admin:
 
     async def _drain(self, is_drained: bool, http: web.Request) -> web.Response:
         """Withhold new work from engines and wait until they are idle, or give them work again."""
-        names, pool = _engines_named(http), self._pool
+        names = _engines_named(http)
         try:
             timeout_s = msgspec.convert(http.query.get("timeout_s", "0"), Seconds, strict=False)
         except msgspec.ValidationError:
@@ -184,10 +182,7 @@ class Admin:
         outcomes = [await _outcome(name, self._set_drained(name, is_drained)) for name in names]
         for _, status, answer in outcomes if is_drained else ():
             if status == 200:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(until_at):
-                        await pool.until_idle(answer["engine"])
-                answer["running"] = pool.num_outstanding(answer["engine"])
+                answer["running"] = await self._pool.until_idle(answer["engine"], until_at)
         return _together(outcomes)
 
     async def _set_drained(self, name: str, is_drained: bool) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from pdlaunch.protocol.control import MODEL_CHANGED, why_withheld
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
+from pdlaunch.router import responses
 from pdlaunch.router.admin import Admin, SupervisorLink, came_through_admin_socket
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import (
@@ -61,12 +62,6 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import RequestHistory, record_of
-from pdlaunch.router.responses import (
-    ResponseStream,
-    ResponseWriter,
-    read_response_request,
-    whole_response,
-)
 from pdlaunch.router.state import RouterState
 
 logger = logging.getLogger(__name__)
@@ -188,7 +183,7 @@ class RouterApp:
         async with self._bodies.read(http) as body:
             writer = None
             if is_response:
-                translate = partial(read_response_request, body, request_id_of(http))
+                translate = partial(responses.read_response_request, body, request_id_of(http))
                 body, writer = await work_at_input(len(body) >= LARGE_BODY_BYTES, translate)
             request = await self._read(endpoint, http, body)
             record, num_prompts = record_of(http), len(request.prompts)
@@ -228,15 +223,15 @@ class RouterApp:
         http: web.Request,
         request: ClientRequest,
         client: Client,
-        writer: ResponseWriter | None,
+        writer: responses.ResponseWriter | None,
     ) -> web.StreamResponse:
         """Answer all prompts concurrently. The first error cancels the others and is the answer."""
         state, record = self._state, record_of(http)
         stream: ClientStream | None = None
         if request.fields.stream:
-            headers = {REQUEST_ID_HEADER: request_id_of(http)}
+            own = {REQUEST_ID_HEADER: request_id_of(http)}
             stream = (
-                ResponseStream(http, headers, writer) if writer else ClientStream(http, headers)
+                responses.ResponseStream(http, own, writer) if writer else ClientStream(http, own)
             )
         metrics = state.metrics.requests
         answer = ClientAnswer(request, metrics, record, stream)
@@ -246,7 +241,7 @@ class RouterApp:
                 answers = [answer_prompt(each, state, answer, client) for each in prompts]
                 response = await answer.finish(await _together(answers))
                 if writer is not None and isinstance(response, web.Response):
-                    return whole_response(response, writer)
+                    return responses.whole_response(response, writer)
                 return response
         except Exception as error:
             if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:

@@ -9,7 +9,6 @@ are named by their URLs, or listed in ``engines_file``.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections import defaultdict
@@ -277,10 +276,8 @@ class WatchedMembership:
         watched = self._watched[name]
         watched.is_leaving = True
         self.publish()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_timeout_s):
-                await self._pool.until_idle(name)
-        num_works = self._pool.num_outstanding(name)
+        until_at = asyncio.get_running_loop().time() + drain_timeout_s
+        num_works = await self._pool.until_idle(name, until_at)
         del self._watched[name]
         if watched.task is not None:
             watched.task.cancel()

@@ -40,13 +40,14 @@ class EnginePool:
     def engines(self) -> list[Engine]:
         return [self._engines[name] for name in sorted(self._engines)]
 
-    def num_outstanding(self, name: str) -> int:
-        engine = self._engines.get(name)
-        return 0 if engine is None else engine.num_outstanding
-
-    async def until_idle(self, name: str) -> None:
-        while self.num_outstanding(name):  # noqa: ASYNC110 - counts tell nobody
+    async def until_idle(self, name: str, until_at: float) -> int:
+        """Wait until an engine has no work, or until the loop's time; return how much is left."""
+        now = asyncio.get_running_loop().time
+        while (engine := self._engines.get(name)) is not None and engine.num_outstanding:
+            if now() >= until_at:
+                return engine.num_outstanding
             await asyncio.sleep(IDLE_POLL_S)
+        return 0
 
     def lists(self, engine: Engine) -> bool:
         return self._engines.get(engine.name) is engine and engine.ready

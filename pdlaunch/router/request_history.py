@@ -23,19 +23,9 @@ from pdlaunch.http.errors import (
     is_poll,
     json_response,
 )
+from pdlaunch.observe import spans
 from pdlaunch.observe.logs import FIELDS
 from pdlaunch.observe.metrics import RequestClock
-from pdlaunch.observe.spans import (
-    MAX_SPANS,
-    PREFILL,
-    PULL,
-    QUEUE,
-    SEATED,
-    Attribute,
-    Span,
-    SpanLog,
-    SpanReport,
-)
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace, SpanView
@@ -51,15 +41,15 @@ ROUTER = "router"
 CLIENT_LEFT = "the client went away"
 MAX_MODEL_LENGTH = 200
 MAX_ERROR_LENGTH = 300
-MAX_ENGINE_SPANS = 4 * MAX_SPANS  # for one call, from an engine and its ranks
+MAX_ENGINE_SPANS = 4 * spans.MAX_SPANS  # for one call, from an engine and its ranks
 
 
 class EngineCall(msgspec.Struct):
     hop: Hop
     engine: str
-    span: Span  # ends at 0 while the call runs
+    span: spans.Span  # ends at 0 while the call runs
     error: str | None = None
-    engine_spans: list[Span] = []  # the engine's spans, on the router's clock
+    engine_spans: list[spans.Span] = []  # the engine's spans, on the router's clock
     num_dropped: int = 0  # spans that the engine or the router has dropped
 
     @property
@@ -70,7 +60,7 @@ class EngineCall(msgspec.Struct):
         if told is None:
             return
         try:
-            report = msgspec.convert(told, SpanReport)
+            report = msgspec.convert(told, spans.SpanReport)
         except (ValueError, RecursionError) as error:
             logger.debug("%s: its spans cannot be read: %s", self.engine, error)
             return
@@ -86,10 +76,10 @@ class EngineCall(msgspec.Struct):
         if isinstance(cached, int):
             self.span.attributes["cached_tokens"] = cached
 
-    def named(self, name: str) -> list[Span]:
+    def named(self, name: str) -> list[spans.Span]:
         return [span for span in self.engine_spans if span.name == name]
 
-    def attributes(self, name: str) -> dict[str, Attribute]:
+    def attributes(self, name: str) -> dict[str, spans.Attribute]:
         return next((span.attributes for span in self.named(name)), {})
 
 
@@ -103,7 +93,7 @@ class RequestRecord:
         self.retries = 0
         self.status: int | None = None
         self.error: str | None = None
-        self.log = SpanLog()
+        self.log = spans.SpanLog()
         self.usage: Usage | None = None
         self.clock: RequestClock | None = None  # knows when tokens were sent to the client
         self.transcripts: list[Transcript] = []  # of the running prompts
@@ -148,7 +138,7 @@ class RequestRecord:
 
     @contextlib.contextmanager
     def call(self, hop: Hop, engine: str) -> Iterator[EngineCall]:
-        call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0))
+        call = EngineCall(hop, engine, spans.Span(f"{hop} at {engine}", self.log.clock(), 0.0))
         self._calls.append(call)
         try:
             yield call
@@ -179,13 +169,13 @@ class RequestRecord:
         last = {call.hop: call for call in used}
         prefill, decode = last.get("prefill"), last.get("decode")
         computing = prefill or decode
-        at_first = {} if computing is None else computing.attributes(SEATED)
-        at_decode = {} if decode is None else decode.attributes(SEATED)
-        pulls = [] if decode is None else decode.named(PULL)
+        at_first = {} if computing is None else computing.attributes(spans.SEATED)
+        at_decode = {} if decode is None else decode.attributes(spans.SEATED)
+        pulls = [] if decode is None else decode.named(spans.PULL)
         pull = pulls[0].attributes if pulls else {}
         num_bytes = _number(pull.get("bytes"))
         # The choices of a prompt wait at the same time.
-        queued = [span for call in used for span in call.named(QUEUE)]
+        queued = [span for call in used for span in call.named(spans.QUEUE)]
         waits_s = [span.duration_s for span in queued if not span.attributes.get("choice")]
         names = [call.engine for call in (prefill, decode) if call is not None]
         usage, first_at = self.usage, None if self.clock is None else self.clock.first_token_at
@@ -225,13 +215,13 @@ class RequestRecord:
 
     def trace(self) -> RequestTrace:
         start_at, ended = self.log.start_at, [call for call in self._calls if call.is_over]
-        whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
+        whole = spans.Span("request", start_at, start_at + self.duration_s, {"path": self.path})
         # Each span with its parent. Several calls may go to the same engine.
         told = [(span, whole) for span in (*self.log.spans, *(call.span for call in ended))]
         told += [(span, call.span) for call in ended for span in call.engine_spans]
         told.sort(key=lambda pair: pair[0].start_at)
         places = {id(span): place for place, (span, _) in enumerate(told, 1)}
-        spans = [
+        views = [
             SpanView(
                 name=span.name,
                 process=span.process or ROUTER,
@@ -244,7 +234,7 @@ class RequestRecord:
         ]
         dropped_spans = self.log.num_dropped + sum(call.num_dropped for call in self._calls)
         summary = msgspec.structs.asdict(self.summary())
-        return RequestTrace(**summary, spans=spans, dropped_spans=dropped_spans)
+        return RequestTrace(**summary, spans=views, dropped_spans=dropped_spans)
 
     def _ms_per_token(self, first_at: float | None) -> float | None:
         if self.clock is None or first_at is None:
@@ -256,7 +246,7 @@ class RequestRecord:
 
 
 def _prefill_s(call: EngineCall) -> float | None:
-    if steps := call.named(PREFILL):
+    if steps := call.named(spans.PREFILL):
         return max(span.end_at for span in steps) - min(span.start_at for span in steps)
     is_unreported = call.hop == "prefill" and call.is_over and not call.engine_spans
     return call.span.duration_s if is_unreported else None
@@ -266,11 +256,11 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def _number(value: Attribute) -> float | None:
+def _number(value: spans.Attribute) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _count(value: Attribute) -> int | None:
+def _count(value: spans.Attribute) -> int | None:
     return value if isinstance(value, int) else None
 
 
