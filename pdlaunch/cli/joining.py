@@ -107,7 +107,7 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     leave_ends_to_supervisor()
     # The task's own configuration allows executables: the user who started the task wrote it.
     allowed = choose_engine(config, environ).config.engine_executables
-    name = slurm.node_name(environ)
+    name = environ["SLURMD_NODENAME"]
     _serve_sessions(read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
 
 

@@ -19,7 +19,7 @@ from pdlaunch.http.engine_calls import EngineApi
 from pdlaunch.launch.bootstraps import router_spec
 from pdlaunch.launch.engines import capabilities_over_http
 from pdlaunch.launch.folders import new_launch_id
-from pdlaunch.launch.ports import listening
+from pdlaunch.machine.network import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.process.bootstrap import raise_open_files

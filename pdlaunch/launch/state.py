@@ -93,7 +93,6 @@ class Instance:
         progress = self.progress if self.state is ProcessState.STARTING else None
         return ProcessStatus(
             name=self.name,
-            kind=self.spec.kind,
             host=self.spec.host,
             state=self.state,
             doing=self.error if progress is None else progress.text,

@@ -42,7 +42,6 @@ class LaunchPhase(StrEnum):
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
     name: str
-    kind: str
     host: str
     state: ProcessState
     doing: str = ""  # the current task in the words of the process, or why it died

@@ -44,15 +44,19 @@ class _Calls:
     """Calls functions of the driver; raises DriverError with the function's name on an error."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
 
     def __call__(self, name: str, *arguments: object) -> None:
         try:
-            code = int(getattr(self._library, name)(*arguments))
+            code = int(getattr(self.library, name)(*arguments))
         except AttributeError:
             raise DriverError(f"the CUDA driver has no {name}: it is too old") from None
         if code:
-            raise DriverError(f"{name} failed: {self._error_name(code)}")
+            text = ctypes.c_char_p()
+            with contextlib.suppress(AttributeError):
+                self.library.cuGetErrorName(code, ctypes.byref(text))
+            shown = f"{text.value.decode()} ({code})" if text.value else f"error {code}"
+            raise DriverError(f"{name} failed: {shown}")
 
     def knows(self, name: str, *arguments: object) -> bool:
         """Call a function that older drivers lack; return False if it fails or is missing."""
@@ -72,12 +76,6 @@ class _Calls:
         value = ctypes.c_int()
         is_known = self.knows("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         return is_known and bool(value.value)
-
-    def _error_name(self, code: int) -> str:
-        name = ctypes.c_char_p()
-        with contextlib.suppress(AttributeError):
-            self._library.cuGetErrorName(code, ctypes.byref(name))
-        return f"{name.value.decode()} ({code})" if name.value else f"error {code}"
 
 
 def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:

@@ -6,7 +6,7 @@ all entries from the first unusable one on, and shows no GPU if one is listed tw
 problems. Source: tried with the driver of CUDA 13 on two H200s.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,16 +71,6 @@ class Machine:
         without = [str(gpu.index) for gpu in self.gpus if not gpu.has_virtual_memory]
         devices = ", ".join(without)
         return f"no virtual memory management on device {devices}" if without else ""
-
-
-def unknown_of_gpus(gpus: Iterable[Gpu]) -> set[Fact]:
-    """Return the facts that are unknown for at least one of these GPUs."""
-    of_gpus: dict[Fact, list[object]] = {
-        "gpu_memory": [gpu.memory_bytes for gpu in gpus],
-        "fabric": [gpu.has_fabric_handles for gpu in gpus],
-        "cumem": [gpu.has_virtual_memory for gpu in gpus],
-    }
-    return {fact for fact, values in of_gpus.items() if None in values}
 
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"

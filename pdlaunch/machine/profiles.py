@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import Fact, Gpu, Machine, unknown_of_gpus
+from pdlaunch.machine.facts import Fact, Gpu, Machine
 
 MOST_GPUS = 1024
 MIB = 1024**2
@@ -26,6 +26,7 @@ _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
 _OF_NO_NAME: tuple[Fact, ...] = ("shm",)
 # Facts that differ between servers with the same card
 _OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
+_OF_GPUS: tuple[Fact, ...] = ("gpu_memory", "fabric", "cumem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +90,19 @@ def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
             value=name,
             fix="name the profile of a similar machine; h100x2 stands for two H100s",
         )
-    if kind == "cpu":
-        return _named(name, Machine(), (*_OF_NO_NAME, *_OF_SERVERS), "a Linux machine without GPUs")
-    if kind == ANY_CUDA:
+    machine, gpu, unknown = Machine(), Gpu(), [*_OF_NO_NAME, *_OF_SERVERS]
+    if server is not None:
+        count, machine, gpu = number or server.num_gpus, server.machine, server.gpu
+        unknown = [*_OF_NO_NAME, *machine.unknown]
+        imex = "an IMEX channel, so" if gpu.has_fabric_handles else "no IMEX channel, so no"
+        granted = f"a driver with CuMem pools; {imex} fabric handles; no other process on the GPUs"
+        about = f"{count} x {server.about}; taken for granted: {granted}"
+    elif kind == ANY_CUDA:
         count = number or min(max(num_ranks, 1), MOST_GPUS)
-        gpus = tuple(Gpu(index) for index in range(count))
-        unknown: tuple[Fact, ...] = (*_OF_NO_NAME, *_OF_SERVERS, *unknown_of_gpus(gpus))
+        unknown += _OF_GPUS
         about = f"{count} CUDA GPU{'' if count == 1 else 's'} of an unknown kind"
-        return _named(name, Machine(gpus=gpus), unknown, about)
-    assert server is not None
-    count = number or server.num_gpus
-    machine = replace(
-        server.machine, gpus=tuple(replace(server.gpu, index=index) for index in range(count))
-    )
-    imex = "an IMEX channel, so" if server.gpu.has_fabric_handles else "no IMEX channel, so no"
-    granted = f"a driver with CuMem pools; {imex} fabric handles; no other process on the GPUs"
-    about = f"{count} x {server.about}; taken for granted: {granted}"
-    return _named(name, machine, (*_OF_NO_NAME, *server.machine.unknown), about)
-
-
-def _named(name: str, machine: Machine, unknown: tuple[Fact, ...], about: str) -> AssumedMachine:
+    else:
+        count, about = 0, "a Linux machine without GPUs"
+    gpus = tuple(replace(gpu, index=index) for index in range(count))
     told = dict.fromkeys(unknown, f"profile {name} does not say")
-    return AssumedMachine(name, replace(machine, unknown=told), about)
+    return AssumedMachine(name, replace(machine, gpus=gpus, unknown=told), about)

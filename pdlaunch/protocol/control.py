@@ -196,17 +196,14 @@ class Asked(Message):
     expires_at: float = math.inf
 
 
-class CommandToEngine(Asked, kw_only=True):
+class Restart(Asked, kw_only=True):
     name: str  # name of the engine, or of one of its processes
 
 
-class Restart(CommandToEngine):
-    """Sent by the router: restart an engine."""
-
-
-class SetDrained(CommandToEngine, kw_only=True):
+class SetDrained(Asked, kw_only=True):
     """Withhold new work from an engine, or give it work again."""
 
+    name: str  # name of the engine, or of one of its processes
     is_drained: bool
 
 

@@ -29,10 +29,11 @@ from pdlaunch.config.shared_settings import AutopilotMode
 from pdlaunch.errors import ConfigError, OverloadedError, PdlaunchError
 from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.protocol import control
 from pdlaunch.protocol.bottleneck import HOLD_S, Look, decide
 from pdlaunch.protocol.certificates import CertificateFiles, client_context
-from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
+from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket

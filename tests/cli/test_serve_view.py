@@ -20,8 +20,7 @@ STOPPING = LaunchStatus(LaunchPhase.STOPPING, ())
 
 
 def process(name: str, state: ProcessState = ProcessState.READY, **fields) -> ProcessStatus:
-    kind = "rank" if "/" in name else "server"
-    return ProcessStatus(name, kind, fields.pop("host", "local"), state, **fields)
+    return ProcessStatus(name, fields.pop("host", "local"), state, **fields)
 
 
 def starting(num_engines: int = 1) -> LaunchStatus:

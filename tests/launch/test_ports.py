@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.ports import listening
+from pdlaunch.machine.network import listening
 
 HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
 

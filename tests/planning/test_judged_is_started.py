@@ -19,9 +19,9 @@ from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import kind_of, plan_processes
-from pdlaunch.launch.ports import listening
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.host import expandable_segments_variable
+from pdlaunch.machine.network import listening
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_engines, resolve

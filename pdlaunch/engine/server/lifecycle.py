@@ -34,6 +34,7 @@ from pdlaunch.http.headers import ignored_fields_header
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
+from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
@@ -47,7 +48,6 @@ from pdlaunch.protocol.engine import CheckIntegrity
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import ModelCard
-from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.protocol.process.engine_ports import bind_to_share
 
 RANK_CHECK_TIMEOUT_S = 30.0

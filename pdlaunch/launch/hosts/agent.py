@@ -237,17 +237,15 @@ class AgentSession:
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
         self._names.add(spec.name)
-        gone = self._host.spawn(spec, message.incarnation, self._here(message.bootstrap))
+        bootstrap = msgspec.structs.replace(
+            message.bootstrap,
+            control=self._control,
+            run_dir=str(self._run_dir),
+            rendezvous=f"file://{self._run_dir / Path(message.bootstrap.rendezvous).name}",
+        )
+        gone = self._host.spawn(spec, message.incarnation, bootstrap)
         if gone is not None:
             self._report_end(self._host, gone)
-
-    def _here(self, bootstrap: Bootstrap) -> Bootstrap:
-        rendezvous = bootstrap.rendezvous
-        if rendezvous.startswith("file://"):
-            rendezvous = f"file://{self._run_dir / Path(rendezvous).name}"
-        return msgspec.structs.replace(
-            bootstrap, control=self._control, run_dir=str(self._run_dir), rendezvous=rendezvous
-        )
 
     def _local_host(self, bootstrap: Bootstrap) -> LocalHost:
         context = self._stack.enter_context(contextlib.closing(SecureContext(bootstrap.keys)))

@@ -59,21 +59,21 @@ def ended_by(seen_at: float, timeout_s: float) -> float:
     return seen_at + _SHARE * timeout_s
 
 
+@dataclass(slots=True)
 class AgentLease:
-    """Tracks how long an agent may still run processes; ``asked_at``: when it sent Join."""
+    """Tracks how long an agent may still run processes."""
 
-    def __init__(self, asked_at: float, timeout_s: float) -> None:
-        self._from = asked_at
-        self._timeout_s = timeout_s
+    since_at: float  # when it sent Join, or the last Beat that was answered
+    timeout_s: float
 
     def renew(self, stamp: float) -> None:
         """Restart the lease at ``stamp``, the time of a Beat that the supervisor has answered."""
-        self._from = max(self._from, stamp)
+        self.since_at = max(self.since_at, stamp)
 
     def silent_s(self, now: float) -> float | None:
         """Return the seconds without an answer if the lease has ended, else None."""
-        silent_s = now - self._from
-        return silent_s if silent_s > self._timeout_s else None
+        silent_s = now - self.since_at
+        return silent_s if silent_s > self.timeout_s else None
 
 
 @dataclass(frozen=True, slots=True)

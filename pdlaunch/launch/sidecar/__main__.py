@@ -369,12 +369,8 @@ async def _serve(supervised: Supervised) -> None:
     parser.add_argument("--unverified", default="")
     parser.add_argument("--hang-timeout", type=float, default=0.0)
     found = parser.parse_args(sys.argv[1:own_end])
-    options = SidecarOptions(
-        command=tuple(sys.argv[own_end + 1 :]),
-        is_exact=found.exact,
-        hang_timeout_s=found.hang_timeout,
-        unverified=found.unverified,
-    )
+    command = tuple(sys.argv[own_end + 1 :])
+    options = SidecarOptions(command, found.exact, found.hang_timeout, found.unverified)
     process = HeadlessNode if "--headless" in options.command else SidecarProcess
     await process(supervised, options).run()
 

@@ -25,9 +25,10 @@ from pdlaunch.http.headers import DATA_PARALLEL_HEADER, PASSED_HEADERS, REQUEST_
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
+from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.certificates import server_context
-from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, DoorSpec
+from pdlaunch.protocol.process.bootstrap import DoorSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 _logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -28,19 +29,17 @@ _logger = logging.getLogger(__name__)
 Peer = tuple[str, int]  # name and incarnation of a prefill engine
 
 
+@dataclass(eq=False)
 class EnginePairs:
     """Proves the pairs of a decode engine; does nothing in engines of other roles."""
 
-    def __init__(
-        self,
-        supervised: Supervised,
-        options: SidecarOptions,
-        api: EngineApi,
-        link: EngineLink | None,  # None with vLLM's own connector, whose workers report nothing
-    ) -> None:
-        self._supervised, self._options = supervised, options
-        self._api, self._link = api, link
-        self._name = supervised.bootstrap.name
+    supervised: Supervised
+    options: SidecarOptions
+    api: EngineApi
+    link: EngineLink | None  # None with vLLM's own connector, whose workers report nothing
+
+    def __post_init__(self) -> None:
+        self._name = self.supervised.bootstrap.name
         self._peers: dict[Peer, Entry] = {}  # ready prefill engines
         self._listed: set[Peer] = set()  # peers that the registry lists as proven
         # Pairs of ranks that shook hands: decode rank and prefill rank -> result
@@ -83,7 +82,7 @@ class EnginePairs:
                 for pairs in self._rank_pairs.values():
                     pairs.pop((local, rank), None)
                 names = {"local": self._name, "peer": engine_of_rank(rank)}
-                self._supervised.send(msgspec.structs.replace(message, **names))
+                self.supervised.send(msgspec.structs.replace(message, **names))
             case PullFailure(peer_engine=engine, error=reason):
                 self._failed_pulls[engine].append(reason)
         self._prove()
@@ -94,7 +93,7 @@ class EnginePairs:
         pdlaunch's connector reports these pairs. vLLM's connector does not, so all pairs are
         suspect if every READ has failed: this engine then computes the prompts itself.
         """
-        all_fail = self._link is None and self._failed_reads.look(counts)
+        all_fail = self.link is None and self._failed_reads.look(counts)
         failed, self._failed_pulls = self._failed_pulls, defaultdict(list)
         for peer in self._listed:
             if all_fail:
@@ -105,12 +104,12 @@ class EnginePairs:
     def _doubt(self, peer: Peer, error: str) -> None:
         name, incarnation = peer
         _logger.warning("%s -> %s: %s", name, self._name, error)
-        self._supervised.send(
+        self.supervised.send(
             PairSuspect(local=self._name, peer=name, peer_incarnation=incarnation, error=error)
         )
 
     def _prove(self) -> None:
-        link = self._link
+        link = self.link
         self.canaries.prove([p for p in self._peers if link is None or self._slowest(link, p)])
 
     def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
@@ -118,7 +117,7 @@ class EnginePairs:
         return slowest(pairs, link.names, dp_size_of(self._peers[peer]))
 
     async def _send_canary(self, peer: Peer) -> Proof:
-        bootstrap, options = self._supervised.bootstrap, self._options
+        bootstrap, options = self.supervised.bootstrap, self.options
         url, certificate = self._peers[peer].address.http, bootstrap.keys.certificate
         api = EngineApi(url, bootstrap.engine_api_key)
         # Either all engines of a launch have doors, or none.
@@ -128,7 +127,7 @@ class EnginePairs:
             # The slowest pair of data parallel ranks is the result for the pair of engines.
             proofs = [
                 await send_canary(
-                    api, self._api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks
+                    api, self.api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks
                 )
                 for dp_ranks in self._dp_pairs(peer)
             ]
@@ -139,7 +138,7 @@ class EnginePairs:
     def _dp_pairs(self, peer: Peer) -> list[tuple[int, int] | None]:
         """Return all pairs of data parallel ranks, prefill first; [None] if both have only one."""
         theirs = dp_size_of(self._peers[peer])
-        ours = 1 if self._link is None else self._link.dp_size
+        ours = 1 if self.link is None else self.link.dp_size
         if theirs == ours == 1:
             return [None]
         return [(their, our) for their in range(theirs) for our in range(ours)]
@@ -148,7 +147,7 @@ class EnginePairs:
         name, incarnation = peer
         if isinstance(result, CanaryDied):
             error, fatal = str(result), result.fatal
-            self._supervised.send(PairFailed(local=self._name, peer=name, error=error, fatal=fatal))
+            self.supervised.send(PairFailed(local=self._name, peer=name, error=error, fatal=fatal))
             return
         proof = PairReady(
             local=self._name,
@@ -158,11 +157,11 @@ class EnginePairs:
             path=path_over("nixl/vLLM", self._transports.latest()),
             gigabytes_per_s=result.gigabytes_per_s,
         )
-        if self._link is not None:
-            of_ranks = self._slowest(self._link, peer)
+        if self.link is not None:
+            of_ranks = self._slowest(self.link, peer)
             assert of_ranks is not None, "canaries of other pairs are stopped"
             proof = msgspec.structs.replace(of_ranks, local=self._name, peer=name, num_peers=1)
-        self._supervised.send(proof)
+        self.supervised.send(proof)
 
 
 def slowest(pairs: Collection[PairReady], ranks: Sequence[str], num_peers: int) -> PairReady | None:

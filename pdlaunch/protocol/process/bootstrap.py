@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -31,7 +32,6 @@ from pdlaunch.protocol.control import Alive, Capabilities, from_supervisor, to_s
 from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
-LISTEN_BACKLOG = 1024
 # Some systems allow a billion, which slows down programs that iterate over all descriptors.
 MAX_OPEN_FILES = 65_536
 _PR_SET_PDEATHSIG = 1
@@ -213,31 +213,28 @@ class ControlClient:
             self._outlet.close()
 
 
+@dataclass(eq=False)
 class Heartbeat:
     """Sends Alive every ``interval_s``; never if that is 0."""
 
-    def __init__(
-        self,
-        send: Callable[[Alive], None],
-        interval_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._send = send
-        self._interval_s = interval_s
-        self._clock = clock
-        self._due_at = clock()
+    send: Callable[[Alive], None]
+    interval_s: float
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._due_at = self.clock()
 
     def beat(self) -> None:
         """Send Alive if it is due. Call this in every turn of a loop."""
-        now_at = self._clock()
-        if self._interval_s and now_at >= self._due_at:
-            self._due_at = now_at + self._interval_s
-            self._send(Alive())
+        now_at = self.clock()
+        if self.interval_s and now_at >= self._due_at:
+            self._due_at = now_at + self.interval_s
+            self.send(Alive())
 
     async def run(self) -> None:
-        while self._interval_s:
+        while self.interval_s:
             self.beat()
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self.interval_s)
 
 
 if __name__ == "__main__":

@@ -105,19 +105,17 @@ def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:
     """Remove this user's folders whose launch is dead; return them."""
-    stale = [path for path in _own_run_dirs(base) if _is_stale(path)]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
+    stale = []
+    for path in _own_run_dirs(base):
+        with contextlib.suppress(OSError):  # another process removes it
+            try:
+                is_stale = not _is_in_use(path)
+            except FileNotFoundError:
+                is_stale = time.time() - path.stat().st_mtime > _NEW_FOR_S
+            if is_stale:
+                shutil.rmtree(path, ignore_errors=True)
+                stale.append(path)
     return stale
-
-
-def _is_stale(run_dir: Path) -> bool:
-    try:
-        return not _is_in_use(run_dir)
-    except FileNotFoundError:
-        with contextlib.suppress(OSError):
-            return time.time() - run_dir.stat().st_mtime > _NEW_FOR_S
-        return False
 
 
 def base_dir() -> Path:

@@ -25,11 +25,6 @@ def is_supervisor(environ: Mapping[str, str]) -> bool:
     return environ["SLURM_PROCID"] == "0"
 
 
-def node_name(environ: Mapping[str, str]) -> str:
-    """Return the name of this task's node, with which its agent joins."""
-    return environ["SLURMD_NODENAME"]
-
-
 def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
     """Return the nodes of this step, the supervisor's node first. Raises ConfigError.
 
