@@ -18,12 +18,11 @@ from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.engine_calls import EngineApi
 from pdlaunch.launch.bootstraps import router_spec
 from pdlaunch.launch.engines import capabilities_over_http
-from pdlaunch.launch.folders import new_launch_id
 from pdlaunch.machine.network import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.process.bootstrap import raise_open_files
-from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_launch_id, new_run_dir
 from pdlaunch.router.main import AloneSpec, run_alone
 from pdlaunch.router.membership import Member, WatchSettings, read_engines_file, to_member
 

@@ -39,15 +39,14 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.client.api import launch_api, read_status
 from pdlaunch.launch.engines import plan_processes
-from pdlaunch.launch.folders import new_launch_id, new_log_dir
-from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
+from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch, new_log_dir
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.network import listening
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_engines, resolve_on
-from pdlaunch.protocol.process.run_dirs import running_launches
+from pdlaunch.protocol.process.run_dirs import new_launch_id, running_launches
 from pdlaunch.protocol.status import DeploymentStatus
 
 

@@ -2,23 +2,24 @@
 
 import contextlib
 import logging
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import zmq
 
+from pdlaunch.config.model_files.find import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import kind_of, plan_processes, python_command
 from pdlaunch.launch.events import EventQueue, SignalInbox
-from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
@@ -31,7 +32,13 @@ from pdlaunch.planning.hosts import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.run_dirs import CONTROL_SOCKET, new_run_dir
+from pdlaunch.protocol.process.run_dirs import (
+    CONTROL_SOCKET,
+    LAUNCH_ID,
+    is_locked,
+    new_run_dir,
+    take_lock,
+)
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 
 logger = logging.getLogger(__name__)
@@ -171,3 +178,53 @@ def _on_host_change(
             text = f"{name} is lost: {reason}"
     logger.warning("%s", text)
     observer.note(text)
+
+
+KEPT_LAUNCHES = 20  # log folders in the cache, besides those of older running launches
+SUPERVISOR_LOG = "supervisor.log"
+
+
+def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
+    """Create the log folder, by default a new one in the cache. Raises ConfigError."""
+    own = cache_root() / "logs" / launch_id
+    log_dir = Path(config.log_dir).expanduser() if config.log_dir else own
+    try:
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (log_dir / SUPERVISOR_LOG).touch()
+    except OSError as error:
+        raise ConfigError(
+            f"log files cannot be written to {log_dir}: {error.strerror}",
+            field="log_dir",
+            value=str(log_dir),
+            fix="name a folder that you may write to with --log-dir",
+        ) from None
+    if not config.log_dir:
+        prune_logs(log_dir.parent)
+    return log_dir.resolve()
+
+
+@contextlib.contextmanager
+def keep_logs(log_dir: Path) -> Iterator[None]:
+    """Lock the log folder while the block runs, so that no launch prunes it."""
+    with (log_dir / SUPERVISOR_LOG).open("ab") as log:
+        # If this fails, another launch with this folder holds the lock, and so keeps the folder.
+        with contextlib.suppress(OSError):
+            take_lock(log.fileno())
+        yield
+
+
+def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
+    """Remove old log folders of launches that have ended; return the removed folders."""
+    named = (path for path in folder.iterdir() if LAUNCH_ID.fullmatch(path.name))
+    launches = sorted(path for path in named if not path.is_symlink())
+    old = [path for path in launches[:-num_kept] if not _is_kept(path)]
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
+    return old
+
+
+def _is_kept(log_dir: Path) -> bool:
+    try:
+        return is_locked(log_dir / SUPERVISOR_LOG)
+    except FileNotFoundError:
+        return False

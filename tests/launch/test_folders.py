@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.launch.folders import (
+from pdlaunch.launch.launch import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
     keep_logs,
-    new_launch_id,
     new_log_dir,
     prune_logs,
 )
 from pdlaunch.protocol.process.run_dirs import (
     PREFIX,
     LaunchCard,
+    new_launch_id,
     new_run_dir,
     remove_stale_run_dirs,
     running_launches,

@@ -52,10 +52,10 @@ from pdlaunch.launch.sidecar.engine import (
     start_engine,
     stop_engine,
     with_events_at,
+    write_setup,
 )
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents, listen_for_routers
-from pdlaunch.launch.sidecar.link import EngineLink
-from pdlaunch.launch.sidecar.pairs import EnginePairs
+from pdlaunch.launch.sidecar.pairs import EngineLink, EnginePairs
 from pdlaunch.machine.network import foreign_listener
 from pdlaunch.protocol.control import Address, Drained, Progress, Ready, Registry, SleepState
 from pdlaunch.protocol.engine_link import RankUp, rank_entries
@@ -177,9 +177,11 @@ class SidecarProcess:
 
     def _environment(self) -> dict[str, str]:
         own = engine_environment(self._run_dir, self._key, self._side_channel)
-        if self._link is None:
+        bootstrap = self._supervised.bootstrap
+        if self._link is None or bootstrap.connector is None:
             return own
-        setup = self._link.write_setup(model_digest(self._model_files))
+        digest = model_digest(self._model_files)
+        setup = write_setup(bootstrap, bootstrap.connector, self._link.endpoint, digest)
         return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
 
     def _register(self, *, listens: bool = True) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 import pdlaunch
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.identity import (
@@ -27,12 +29,12 @@ from pdlaunch.config.model_files.identity import (
 )
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.launch.sidecar.link import remove_setup, write_setup
 from pdlaunch.machine.network import with_device_names
 from pdlaunch.observe.causes import Cause, find_cause, last_lines
 from pdlaunch.protocol.control import Address, Ready, Registry
-from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
+from pdlaunch.protocol.engine_link import KV_SETUP, ConnectorSpec, KVSetup, engine_of_rank
 from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.sockets import LaunchKeys
 
 # Variables with network devices; addresses in their values are replaced by device names
 _DEVICES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -271,6 +273,34 @@ def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[
         KV_SETUP: str(setup),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(packages), python_path))),
     }
+
+
+def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_digest: str) -> Path:
+    """Write the setup file that the connector reads at its start, with mode 0600; return it."""
+    setup = KVSetup(
+        **msgspec.structs.asdict(spec),
+        name=engine_of_rank(bootstrap.name),
+        incarnation=bootstrap.incarnation,
+        keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
+        link=link,
+        model_digest=model_digest,
+    )
+    path = _setup_path(bootstrap)
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(setup))
+    return path
+
+
+def remove_setup(bootstrap: Bootstrap) -> None:
+    """Remove the setup file, if it exists."""
+    with contextlib.suppress(OSError):
+        _setup_path(bootstrap).unlink()
+
+
+def _setup_path(bootstrap: Bootstrap) -> Path:
+    return Path(bootstrap.run_dir) / f"{bootstrap.name.replace('/', '.')}.kv.json"
 
 
 # Output of the engine

@@ -12,16 +12,20 @@
 import contextlib
 import logging
 import os
+import re
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
 from pdlaunch.errors import StartupError
 
+LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
@@ -33,6 +37,11 @@ _logger = logging.getLogger(__name__)
 _SOCKET_NAME_BYTES = 32  # room for the names of sockets: ``prefill-9999.inproc.replay_dp63``
 # A folder without a lock file is not stale at first: its launch may be about to create the file.
 _NEW_FOR_S = 60.0
+
+
+def new_launch_id() -> str:
+    """Return a new launch id, which sorts by time and is unique on this machine."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -132,22 +132,19 @@ def kept_agents(
     admitted: set[str] = set()
     closing = threading.Event()
 
-    def look_after(name: str, actor: Any) -> None:
-        try:
-            public, is_running = ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
-            if public not in admitted:
-                admitted.add(public)
-                admit(public)
-            if not is_running:
-                start = actor.start.remote(endpoint, server_public)
-                ray.get(start, timeout=_ANSWER_TIMEOUT_S)
-        except Exception as error:  # Ray raises many kinds of errors while it moves an actor.
-            logger.debug("no answer of %s: %s", name, _first_line(error))
-
     def run() -> None:
         while not closing.is_set():
             for name, actor in actors.items():
-                look_after(name, actor)
+                try:
+                    public, is_running = ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
+                    if public not in admitted:
+                        admitted.add(public)
+                        admit(public)
+                    if not is_running:
+                        start = actor.start.remote(endpoint, server_public)
+                        ray.get(start, timeout=_ANSWER_TIMEOUT_S)
+                except Exception as error:  # Ray raises many kinds while it moves an actor.
+                    logger.debug("no answer of %s: %s", name, _first_line(error))
             closing.wait(POLL_S)
 
     thread = threading.Thread(target=run, name="ray", daemon=True)
