@@ -225,6 +225,7 @@ class RankParts:
         return self.transfer.take_events(), jobs
 
 
+@dataclass(eq=False)
 class Leader:
     """Runs the step loop of an engine; ``turn`` is one iteration: schedule, run, postprocess.
 
@@ -241,47 +242,41 @@ class Leader:
     # Always False: only the supervisor stops rank 0, which then stops the other ranks
     stopped = False
 
-    def __init__(
-        self,
-        rank: RankParts,
-        scheduler: Scheduler,
-        server: ServerLink,
-        followers: LeaderChannel | None = None,
-        record: Callable[[Sequence[int]], None] = lambda _: None,
-    ) -> None:
-        """``record`` stores which requests are in flight, where this outlives the process."""
-        self._rank = rank
-        self._runner = rank.runner
-        self._scheduler = scheduler
-        self._requests = scheduler.requests
-        self._server = server
-        self._followers = followers
-        tp_size = rank.spec.tensor_parallel_size
+    rank: RankParts
+    scheduler: Scheduler
+    server: ServerLink
+    followers: LeaderChannel | None = None
+    # Stores which requests are in flight, where this outlives the process.
+    record: Callable[[Sequence[int]], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self._runner = self.rank.runner
+        self._requests = self.scheduler.requests
+        tp_size = self.rank.spec.tensor_parallel_size
         self._reports = RankReports(tp_size)
         # Steps launched and not collected, oldest first. At most one is left between turns.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
-        self._record = record
         self._stats_due_at = 0.0
         self._sleep = SleepCoordinator(
-            rank.sleeper,
+            self.rank.sleeper,
             num_ranks=tp_size,
             notify_ranks=self._notify_followers,
-            scheduler=scheduler,
-            answer=server.send,
-            clock=rank.clock,
+            scheduler=self.scheduler,
+            answer=self.server.send,
+            clock=self.rank.clock,
         )
 
     @property
     def ready(self) -> bool:
-        return self._server.connected and (self._followers is None or self._followers.complete)
+        return self.server.connected and (self.followers is None or self.followers.complete)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
-        followers = [] if self._followers is None else [self._followers.socket]
-        return [self._server.socket, *followers]
+        followers = [] if self.followers is None else [self.followers.socket]
+        return [self.server.socket, *followers]
 
     def wait_s(self) -> float:
-        if self._scheduler.has_work():
+        if self.scheduler.has_work():
             return 0.0
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
@@ -290,7 +285,7 @@ class Leader:
         plan = self._schedule()
         self._run(plan)
         # On a GPU the step that was launched just now is left running.
-        num_left = 1 if self._rank.spec.async_scheduling and plan.scheduled else 0
+        num_left = 1 if self.rank.spec.async_scheduling and plan.scheduled else 0
         while len(self._in_flight) > num_left:
             self._postprocess()
         self._sleep.advance()
@@ -302,13 +297,13 @@ class Leader:
     def _schedule(self) -> StepPlan:
         """Plan the next step; wait for the step in flight only if its result is needed."""
         if self._in_flight:
-            plan = self._scheduler.schedule_ahead()
+            plan = self.scheduler.schedule_ahead()
             if plan is not None:
                 return plan
             self._postprocess()
             # A request that arrived during this wait must not wait for another step.
             self._receive()
-        return self._scheduler.schedule()
+        return self.scheduler.schedule()
 
     def _run(self, plan: StepPlan) -> None:
         """Send the plan to all ranks and launch it; send outputs to the server."""
@@ -324,17 +319,17 @@ class Leader:
 
     def _postprocess(self) -> None:
         plan, launched = self._in_flight.popleft()
-        self._scheduler.postprocess(plan, self._runner.collect(launched))
+        self.scheduler.postprocess(plan, self._runner.collect(launched))
         # Leases go out before the answers that name them, as in ``_run``, and both go out before
         # the next plan is made.
-        self._submit(self._scheduler.hand_over())
+        self._submit(self.scheduler.hand_over())
         self._send_outputs()
 
     def _receive(self) -> None:
-        for message in self._server.receive():
+        for message in self.server.receive():
             self._on_request(message)
-        events, jobs = self._rank.take_ends()
-        for report in self._followers.receive() if self._followers is not None else ():
+        events, jobs = self.rank.take_ends()
+        for report in self.followers.receive() if self.followers is not None else ():
             events += report.events
             jobs += report.jobs
             if report.sleep is not None:
@@ -360,13 +355,13 @@ class Leader:
                     max_model_len=self._requests.max_model_len,
                     sleeping_tags=self._sleep.sleeping_tags,
                 )
-                self._server.send(welcome)
+                self.server.send(welcome)
                 self._send_blocks(every=True)
             case engine.AddRequest() if not self._sleep.computes:
                 refusal = engine.RequestFinished(
                     request_id=message.request_id, reason="error", error="the engine is asleep"
                 )
-                self._server.send(engine.Outputs(items=[refusal]))
+                self.server.send(engine.Outputs(items=[refusal]))
             case engine.AddRequest():
                 self._requests.add(message)
             case engine.Sleep() | engine.WakeUp():
@@ -376,7 +371,7 @@ class Leader:
             case engine.ReadStats():
                 self._stats_due_at = 0.0  # sends them at the end of this turn
             case engine.CheckIntegrity():
-                self._server.send(self._integrity(message.call_id))
+                self.server.send(self._integrity(message.call_id))
 
     def _integrity(self, call_id: int) -> engine.IntegrityReport:
         error = None
@@ -388,34 +383,34 @@ class Leader:
         return engine.IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
 
     def _notify_followers(self, message: FromRankZero) -> None:
-        if self._followers is not None:
-            self._followers.send(message)
+        if self.followers is not None:
+            self.followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
         # The supervisor blames a rank's death on the requests in the record. Write it before any
         # rank begins the step, and for an empty plan too: collected steps are not to blame.
-        self._record(self._requests.batch.marks())
+        self.record(self._requests.batch.marks())
         if not plan.is_empty:
             self._notify_followers(plan)
-            self._rank.submit(plan)
+            self.rank.submit(plan)
 
     def _send_outputs(self) -> None:
         self._send_blocks()
         if outputs := self._requests.take_outputs():
-            self._server.send(engine.Outputs(items=outputs))
+            self.server.send(engine.Outputs(items=outputs))
 
     def _send_blocks(self, *, every: bool = False) -> None:
         if (blocks := self._requests.take_blocks(every=every)) is not None:
-            self._server.send(blocks)
+            self.server.send(blocks)
 
     def _send_stats(self) -> None:
         """Send statistics every second, because the server takes long silence for a hung rank."""
-        now_at = self._rank.clock()
+        now_at = self.rank.clock()
         if now_at < self._stats_due_at:
             return
         self._stats_due_at = now_at + STATS_INTERVAL_S
         histograms = self._requests.histograms.shown()
-        self._server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))
+        self.server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))
 
 
 class Follower:

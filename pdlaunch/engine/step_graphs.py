@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,33 +49,29 @@ class Recorded:
         return self._result
 
 
+@dataclass(eq=False)
 class StepGraphs:
     """Captures graphs of decode steps, the largest first: the others reuse its memory."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        attention: TritonAttention,
-        *,
-        max_rows: int,
-        max_blocks: int,
-        latest: LatestTokens | None,
-        progress: ReportProgress,
-    ) -> None:
-        """``max_blocks``: of one row. ``latest``: where input tokens are looked up, if at all."""
-        self._decoder = decoder
-        self._attention = attention
-        self._latest = latest
-        self._sizes = batch_sizes(max_rows)
+    decoder: Decoder
+    attention: TritonAttention
+    max_rows: int
+    max_blocks: int  # of one row
+    latest: LatestTokens | None  # where input tokens are looked up, if at all
+    progress: ReportProgress
+
+    def __post_init__(self) -> None:
+        self._sizes = batch_sizes(self.max_rows)
         # Logits and likeliest tokens of the latest step; all graphs write them here. Otherwise each
         # graph would keep memory of its own: 64 MiB for 256 rows of 128k tokens in bf16.
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        attention = self.attention
         device = attention.kv_cache.device
-        self._inputs = GraphInputs(attention.layout, max_rows, max_blocks, device)
+        self._inputs = GraphInputs(attention.layout, self.max_rows, self.max_blocks, device)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs: dict[int, Recorded] = {}
         for index, size in enumerate(reversed(self._sizes)):
-            progress(f"capturing CUDA graphs: {size} rows", index / len(self._sizes))
+            self.progress(f"capturing CUDA graphs: {size} rows", index / len(self._sizes))
             self._graphs[size] = self._capture(size, pool)
 
     def run(self, batch: PackedBatch, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -101,11 +98,11 @@ class StepGraphs:
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
             token_ids = self._inputs.token_ids(num_rows)
-            if self._latest is not None:
-                token_ids = self._latest.look_up(token_ids)
-            attention = self._attention.graph_step(self._inputs.tensors(num_rows))
+            if self.latest is not None:
+                token_ids = self.latest.look_up(token_ids)
+            attention = self.attention.graph_step(self._inputs.tensors(num_rows))
             positions = self._inputs.positions(num_rows)
-            logits = self._decoder.logits(token_ids, positions, None, attention)
+            logits = self.decoder.logits(token_ids, positions, None, attention)
             return self._keep(logits, likeliest_tokens(logits))
 
         return Recorded(step, pool)

@@ -23,6 +23,7 @@ _NUM_PROMPT_TOKENS = 6  # enough context to decide whether the text begins with 
 _MAX_HELD_TOKENS = 24
 
 
+@dataclass(eq=False)
 class TextStream:
     """Detokenizes one choice and looks for stop strings.
 
@@ -36,23 +37,15 @@ class TextStream:
     decoded again for each token. The window moves on when it ends in a whole character.
     """
 
-    def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        prompt_token_ids: Sequence[int] = (),
-        *,
-        skip_special_tokens: bool = True,
-        stop: Sequence[str] = (),
-        min_tokens: int = 0,
-        include_stop: bool = False,
-    ) -> None:
-        """Stop strings are searched for from output token number ``min_tokens`` on."""
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stop = tuple(stop)
-        self._min_tokens = min_tokens
-        self._include_stop = include_stop
-        self._window = list(prompt_token_ids[-_NUM_PROMPT_TOKENS:])
+    tokenizer: TextTokenizer
+    prompt_token_ids: Sequence[int] = ()
+    skip_special_tokens: bool = True
+    stop: Sequence[str] = ()
+    min_tokens: int = 0  # stop strings are searched for from this output token on
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        self._window = list(self.prompt_token_ids[-_NUM_PROMPT_TOKENS:])
         self._read = len(self._window)
         self._prefix = self._decode().rstrip(_REPLACEMENT)
         self._emitted = 0
@@ -65,16 +58,16 @@ class TextStream:
         self._num_tokens += 1
         new = self._detokenize(token_id)
         self.num_chars += len(new)
-        if not self._stop or self._num_tokens < self._min_tokens:
+        if not self.stop or self._num_tokens < self.min_tokens:
             return new
         text = self._held + new
-        found = [(start, len(stop), stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        found = [(start, len(stop), stop) for stop in self.stop if (start := text.find(stop)) >= 0]
         if found:
             # Of two stop strings at one place, the shorter one was complete first.
             start, size, self.stop_string = min(found)
             self._held = ""
-            return text[: start + size] if self._include_stop else text[:start]
-        num_held = max(overlap(text, stop) for stop in self._stop)
+            return text[: start + size] if self.include_stop else text[:start]
+        num_held = max(overlap(text, stop) for stop in self.stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -104,7 +97,7 @@ class TextStream:
         return new
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+        return self.tokenizer.decode(self._window, skip_special_tokens=self.skip_special_tokens)
 
 
 @dataclass(slots=True)
@@ -132,44 +125,36 @@ class Delta:
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
 
 
+@dataclass(eq=False)
 class Choice:
     """Turns the tokens of one choice into text; ends with a ``finish_reason``, once."""
 
-    def __init__(
-        self,
-        index: int,
-        request: AddRequest,
-        options: GenerationRequest,
-        tokenizer: TextTokenizer,
-        *,
-        continues_elsewhere: bool,
-        echo: str = "",
-        is_echo_sent: bool = False,
-    ) -> None:
-        """``continues_elsewhere``: another engine continues, and emits the text held back here.
-        ``echo``: the prompt's text, which comes first in the answer.
-        """
-        self.index = index
-        self.request = request
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = None
-        self._include_stop = options.include_stop_str_in_output
+    index: int
+    request: AddRequest
+    options: GenerationRequest
+    tokenizer: TextTokenizer
+    continues_elsewhere: bool  # another engine continues, and emits the text held back here
+    echo: str = ""  # the prompt's text, which comes first in the answer
+    is_echo_sent: bool = False
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def __post_init__(self) -> None:
+        options, self._num_echoed = self.options, len(self.echo)
         self._text = TextStream(
-            tokenizer,
-            request.prompt_token_ids,
+            self.tokenizer,
+            self.request.prompt_token_ids,
             skip_special_tokens=options.skip_special_tokens,
             stop=options.stop,
             min_tokens=options.min_tokens,
-            include_stop=self._include_stop,
+            include_stop=options.include_stop_str_in_output,
         )
-        self._continues_elsewhere = continues_elsewhere
-        self._echo, self._num_echoed = "" if is_echo_sent else echo, len(echo)
+        if self.is_echo_sent:
+            self.echo = ""
         calls_tools = isinstance(options, ChatCompletionRequest) and options.callable_functions
         self._calls = ToolCallReader() if calls_tools else None
-        # For a limit of 0, the rank draws a token nevertheless.
-        self._drops_output = options.token_limit == 0
 
     @property
     def is_over(self) -> bool:
@@ -187,7 +172,7 @@ class Choice:
         choice early; tokens after it are dropped.
         """
         delta = Delta(self.index, prompt=list(prompt))
-        if self._drops_output:
+        if self.options.token_limit == 0:  # the rank draws a token nevertheless
             tokens, ends_with_stop_token, reason = (), False, reason and "length"
         for place, token in enumerate(tokens, 1):
             is_stop_token = ends_with_stop_token and place == len(tokens)
@@ -195,7 +180,7 @@ class Choice:
             delta.tokens.append(token)
             delta.text_offsets.append(self._num_echoed + self._text.num_chars)
             # The text of a stop token is left out unless the client wants it.
-            if not is_stop_token or self._include_stop:
+            if not is_stop_token or self.options.include_stop_str_in_output:
                 delta.text += self._text.push(token.token_id)
             if self._text.stop_string is not None:
                 reason, self.stop_reason = "stop", self._text.stop_string
@@ -203,7 +188,7 @@ class Choice:
             if is_stop_token and token.token_id not in self.request.sampling.eos_token_ids:
                 self.stop_reason = token.token_id
         self.finish_reason = reason
-        continues = reason == "length" and self._continues_elsewhere
+        continues = reason == "length" and self.continues_elsewhere
         if self.is_over and self._text.stop_string is None and not continues:
             delta.text += self._text.finish()
         if (reader := self._calls) is not None:
@@ -214,7 +199,7 @@ class Choice:
                 delta.tool_calls += calls
                 if reader.num_calls and self.finish_reason == "stop":
                     self.finish_reason = "tool_calls"
-        delta.text, self._echo = self._echo + delta.text, ""
+        delta.text, self.echo = self.echo + delta.text, ""
         delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
         return delta
 
