@@ -55,32 +55,25 @@ class Call:
     wants_spans: bool = False  # the answer includes the spans
 
 
+@dataclass(eq=False)
 class Generation:
     """Runs the choices of one HTTP request, except choices that known tokens have ended."""
 
-    def __init__(
-        self,
-        link: RankLink,
-        call: Call,
-        request: CompletionRequest | ChatCompletionRequest,
-        prompts: Sequence[list[int]],
-        model: ServedModel,
-        *,
-        has_peers: bool,
-        grammar: str = "",
-        on_events: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Split a request into choices. Raises RequestError. ``has_peers``: the engine exchanges KV
-        blocks with others. ``on_events``: called each time that events of rank 0 arrive.
-        """
-        self.call = call
-        self.request = request
-        self.prompts = list(prompts)
+    link: RankLink
+    call: Call
+    request: CompletionRequest | ChatCompletionRequest
+    prompts: list[list[int]]
+    model: ServedModel
+    has_peers: bool  # the engine exchanges KV blocks with others
+    grammar: str = ""
+    on_events: Callable[[], None] = lambda: None  # called each time that events of rank 0 arrive
+
+    def __post_init__(self) -> None:
+        """Split the request into choices. Raises RequestError."""
+        call, request, model = self.call, self.request, self.model
         self.choices: list[Choice] = []
-        self.num_prompt_tokens = sum(map(len, prompts))
+        self.num_prompt_tokens = sum(map(len, self.prompts))
         self._sent_at = 0.0
-        self._link = link
-        self._on_events = on_events
         self._running: dict[RequestId, Choice] = {}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._remote_kv: RemoteKV | None = None
@@ -92,11 +85,11 @@ class Generation:
         self.is_remote_prefill = transfer.do_remote_decode
         # The client has the beginning of the answer, such as role and prompt ids, already.
         self.continues = known is not None and sent
-        _check(request, transfer, known, model, len(prompts), has_peers=has_peers)
-        seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
+        _check(request, transfer, known, model, len(self.prompts), has_peers=self.has_peers)
+        sampling = _sampling(request, model, self.grammar, scores_prompt=not self.continues)
         unique_id = f"{call.hop_id}-{secrets.token_hex(4)}"
         param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
-        for number_of_prompt, prompt in enumerate(prompts):
+        for number_of_prompt, prompt in enumerate(self.prompts):
             echo = _echo(request, number_of_prompt, prompt, model)
             model.check_token_ids(prompt, param)
             limit = model.output_limit(request, len(prompt), param)
@@ -106,15 +99,7 @@ class Generation:
                 add = AddRequest(
                     request_id=RequestId(f"{unique_id}/{index}"),
                     prompt_token_ids=prompt,
-                    sampling=_sampling(
-                        request,
-                        model,
-                        limit,
-                        seed % 2**_SEED_BITS,
-                        number,
-                        grammar,
-                        scores_prompt=not self.continues,
-                    ),
+                    sampling=msgspec.structs.replace(sampling, max_tokens=limit, choice=number),
                     do_remote_decode=leases,
                     num_readers=request.n if leases else 1,
                     remote_kv=transfer.remote_kv,
@@ -144,12 +129,12 @@ class Generation:
             add = choice.request
             if not choice.is_over:
                 self._running[add.request_id] = choice
-                self._link.submit(add, self._events.put_nowait)
+                self.link.submit(add, self._events.put_nowait)
             elif add.remote_kv is not None:
                 # The prefill side waits for each reader. Adding and aborting the choice makes rank
                 # 0 report that this reader needs no blocks.
-                self._link.submit(add, lambda _: None)
-                self._link.abort(add.request_id)
+                self.link.submit(add, lambda _: None)
+                self.link.abort(add.request_id)
 
     async def deltas(self, clock: RequestClock) -> AsyncIterator[list[Delta]]:
         """Yield new output until every choice has ended; each list holds all that has arrived.
@@ -161,7 +146,7 @@ class Generation:
         while self._running:
             # One write for all events that have arrived; at high load, these are many.
             events = [await self._events.get()]
-            self._on_events()
+            self.on_events()
             while not self._events.empty():
                 events.append(self._events.get_nowait())
             if deltas := [delta for event in events if (delta := self._take(event)) is not None]:
@@ -171,12 +156,12 @@ class Generation:
 
     def abort(self) -> None:
         for request_id in self._running:
-            self._link.abort(request_id)
+            self.link.abort(request_id)
         self._running = {}
 
     def release(self) -> None:
         """End the lease of a remote prefill, granted or not, because no engine will pull it."""
-        self._link.abort(self.choices[0].request.request_id)
+        self.link.abort(self.choices[0].request.request_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` of a finished remote prefill; None when every choice
@@ -230,7 +215,7 @@ class Generation:
                 delta = choice.take(event.tokens, prompt=event.prompt)
                 if choice.is_over:  # by a stop string, which the rank does not know
                     del self._running[event.request_id]
-                    self._link.abort(event.request_id)
+                    self.link.abort(event.request_id)
             case RequestFinished():
                 del self._running[event.request_id]
                 if event.reason in ("error", "abort"):
@@ -314,15 +299,10 @@ def _echo(
 
 
 def _sampling(
-    request: GenerationRequest,
-    model: ServedModel,
-    limit: int,
-    seed: int,
-    number: int,
-    grammar: str,
-    *,
-    scores_prompt: bool,
+    request: GenerationRequest, model: ServedModel, grammar: str, *, scores_prompt: bool
 ) -> SamplingParams:
+    """Return what all choices have in common."""
+    seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
     # When a grammar is complete, only end tokens may follow, so they must end the answer.
     end_tokens = () if request.ignore_eos and not grammar else model.eos_token_ids
     chosen = {
@@ -330,14 +310,13 @@ def _sampling(
         for name in SamplingFields.model_fields
     }
     return SamplingParams(
-        max_tokens=limit,
+        max_tokens=1,
         min_tokens=0 if grammar else request.min_tokens,
         **chosen | {"top_k": max(chosen["top_k"], 0)},
         logit_bias=request.logit_bias,
         stop_token_ids=tuple(dict.fromkeys((*request.stop_token_ids, *end_tokens))),
         eos_token_ids=model.eos_token_ids,
-        seed=seed,
-        choice=number,
+        seed=seed % 2**_SEED_BITS,
         num_top_logprobs=request.num_top_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs if scores_prompt else None,
         grammar=grammar,
