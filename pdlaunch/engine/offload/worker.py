@@ -81,21 +81,18 @@ class HostMemory:
             raise self._refusal(f"allocating them failed: {error}") from error
         self.memory = torch.frombuffer(region, dtype=torch.uint8)
         self.place = RegionPlace(self.memory.data_ptr(), self._stride, block_bytes)
-        self._unpin: Callable[[], None] = lambda: None
+        # Unpins the memory. All copies must have ended.
+        self.close: Callable[[], None] = lambda: None
         if pin:
             # Otherwise the kernel would provide the pages one by one during the registration.
             touch_pages(region)
             if code := register(self.place.address, num_bytes):
                 raise self._refusal(f"pinning them failed with CUDA error {code}")
-            self._unpin = partial(unregister, self.place.address)
+            self.close = partial(unregister, self.place.address)
 
     def block(self, host_id: int) -> torch.Tensor:
         start = host_id * self._stride
         return self.memory[start : start + self._block_bytes]
-
-    def close(self) -> None:
-        """Unpin the memory. All copies must have ended."""
-        self._unpin()
 
     def _refusal(self, reason: str) -> ConfigError:
         return ConfigError(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from aiohttp import web
 from multidict import MultiMapping
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -28,7 +29,7 @@ from pdlaunch.engine.server.choice import Choice
 from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, json_response
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.limits import Admission, BodyBudget, Deadlines, Grow, max_engine_body_bytes
 from pdlaunch.observe.counters import COUNTERS, HISTOGRAMS
@@ -108,20 +109,23 @@ class SleepDesk:
             self._state = state
             self.announce(state)
 
-    async def fall_asleep(self, query: MultiMapping[str]) -> dict[str, Any]:
+    async def is_sleeping(self, _: web.Request) -> web.Response:
+        return json_response(self.status())
+
+    async def fall_asleep(self, http: web.Request) -> web.Response:
         """Handle ``level=1|2`` (1 keeps the weights in host memory, 2 reads them again later) and
         ``mode=wait|refuse``. Raises RequestError: 400 without sleep mode, 409 if the engine is
         busy.
         """
-        found = _read_query(query, {"level": ("1", "2"), "mode": ("wait", "refuse")})
+        found = _read_query(http.query, {"level": ("1", "2"), "mode": ("wait", "refuse")})
         level, waits = int((found["level"] or ["1"])[-1]), "refuse" not in found["mode"]
         return await self._to_the_end(self._fall_asleep(level, waits))
 
-    async def wake_up(self, query: MultiMapping[str]) -> dict[str, Any]:
+    async def wake_up(self, http: web.Request) -> web.Response:
         """Wake the pools of ``tags=weights&tags=kv_cache``, or all pools without ``tags``. Raises
         RequestError: 400 without sleep mode, 409 if waking fails.
         """
-        tags = _read_query(query, {"tags": SLEEP_TAGS})["tags"]
+        tags = _read_query(http.query, {"tags": SLEEP_TAGS})["tags"]
         return await self._to_the_end(self._wake_up(list(dict.fromkeys(tags))))
 
     async def _fall_asleep(self, level: int, waits: bool) -> dict[str, Any]:
@@ -153,7 +157,7 @@ class SleepDesk:
             raise _conflict(reply.error)
         return self.status(reply.num_bytes)
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    async def _to_the_end(self, work: Coroutine[Any, Any, dict[str, Any]]) -> web.Response:
         async def in_turn() -> dict[str, Any]:
             async with self._turn:
                 return await work
@@ -167,7 +171,7 @@ class SleepDesk:
         task = asyncio.create_task(in_turn())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return json_response(await asyncio.shield(task))
 
 
 def _conflict(message: str) -> RequestError:

@@ -119,7 +119,12 @@ async def _run(
             response, answered = await _stream(http, headers, writer, deadline)
             otherwise = "abort" if answered else "error"
         else:
-            response = await _answer(http, headers, writer, deadline)
+            async with deadline():
+                body = await writer.whole()
+                response = web.Response(body=body, content_type="application/json", headers=headers)
+                # Written here, not by aiohttp after the handler, so that a failure is seen.
+                await response.prepare(http)
+                await response.write_eof()
             answered = True
     except PdlaunchError:
         otherwise = "error"
@@ -139,18 +144,6 @@ async def _run(
         num_output,
         ",".join(str(choice.finish_reason) for choice in choices),
     )
-    return response
-
-
-async def _answer(
-    http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
-) -> web.StreamResponse:
-    async with deadline():
-        body = await writer.whole()
-        response = web.Response(body=body, content_type="application/json", headers=headers)
-        # Written here, not by aiohttp after the handler, so that the caller sees a failure.
-        await response.prepare(http)
-        await response.write_eof()
     return response
 
 

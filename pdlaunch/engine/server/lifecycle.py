@@ -63,23 +63,23 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     def route(method: str, path: str, endpoint: Endpoint) -> AppRoute:
         return AppRoute(method, path, partial(endpoint, service))
 
-    def card() -> ModelCard:
+    def cards() -> list[ModelCard]:
         name, longest = spec.served_model_name, service.max_model_len
-        return ModelCard(id=name, root=spec.model_dir, max_model_len=longest)
+        return [ModelCard(id=name, root=spec.model_dir, max_model_len=longest)]
 
     routes = [
         route("POST", "/v1/completions", partial(generate, kind=CompletionRequest)),
         route("POST", "/v1/chat/completions", partial(generate, kind=ChatCompletionRequest)),
-        *model_routes(lambda: [card()]),
+        *model_routes(cards),
         route("POST", "/tokenize", partial(_convert, convert=ServedModel.tokenize)),
         route("POST", "/detokenize", partial(_convert, convert=ServedModel.detokenize)),
         *health_routes(partial(_health, service)),
         route("GET", "/metrics", _metrics),
         route("POST", "/pdlaunch/release", _release),
         route("GET", "/pdlaunch/integrity", _integrity),
-        route("POST", "/sleep", _sleep),
-        route("POST", "/wake_up", _wake_up),
-        route("GET", "/is_sleeping", _is_sleeping),
+        AppRoute("POST", "/sleep", service.sleep.fall_asleep),
+        AppRoute("POST", "/wake_up", service.sleep.wake_up),
+        AppRoute("GET", "/is_sleeping", service.sleep.is_sleeping),
     ]
     return HttpApp(
         [
@@ -87,10 +87,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
             # Not counted as a request: a stream lasts as long as its router.
             AppRoute("GET", KV_EVENTS_PATH, service.kv_feed.send),
         ],
-        guard=Guard(
-            spec.bind_address,
-            allowed_hosts=(*spec.allowed_hosts, spec.advertise_address),
-        ),
+        guard=Guard(spec.bind_address, allowed_hosts=(*spec.allowed_hosts, spec.advertise_address)),
         check_key=bearer_check(
             keys,
             message="engines serve the launch's router; other clients need engine_api_key as "
@@ -164,18 +161,6 @@ async def _integrity(service: EngineService, _: web.Request) -> web.Response:
     stats = msgspec.structs.asdict(report.stats)
     stats |= stats.pop("counts")
     return json_response({"ok": report.error is None, "error": report.error, "stats": stats})
-
-
-async def _sleep(service: EngineService, http: web.Request) -> web.Response:
-    return json_response(await service.sleep.fall_asleep(http.query))
-
-
-async def _wake_up(service: EngineService, http: web.Request) -> web.Response:
-    return json_response(await service.sleep.wake_up(http.query))
-
-
-async def _is_sleeping(service: EngineService, _: web.Request) -> web.Response:
-    return json_response(service.sleep.status())
 
 
 _log = logging.getLogger(__name__)
