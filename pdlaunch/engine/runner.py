@@ -4,12 +4,9 @@
 scheduler decides on rows, blocks and tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,13 +32,11 @@ from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.rows import LatestTokens, Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
+from pdlaunch.engine.step_graphs import StepGraphs
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_params import TokenOutput
-
-if TYPE_CHECKING:
-    from pdlaunch.engine.step_graphs import StepGraphs
 
 # Largest share of a GPU that is kept free for CUDA contexts, libraries and graphs
 _MOST_SPARED = 0.05
@@ -291,7 +286,6 @@ class ModelRunner:
         if self._device.type == "cpu" or self._spec.enforce_eager:
             return None
         from pdlaunch.engine.models.triton_attention import TritonAttention
-        from pdlaunch.engine.step_graphs import StepGraphs
 
         assert isinstance(self._attention, TritonAttention)
         return StepGraphs(

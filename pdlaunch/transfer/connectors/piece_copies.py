@@ -5,8 +5,6 @@ Copy engines leave all multiprocessors to the model, and reach the link's speed 
 (H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB). For small pieces a kernel is faster.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import logging
