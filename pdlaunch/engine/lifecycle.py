@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -107,37 +108,33 @@ LOST_GRAMMAR = (
 )
 
 
+@dataclass(eq=False)
 class RequestLifecycle:
     """Owns the requests of an engine with their rows, blocks, leases, pulls and loads."""
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        groups: Sequence[KVCacheGroup],
-        num_blocks: int,
-        *,
-        model_digest: str,
-        engine_id: EngineId,
-        port: int,
-        grammars: Grammars,
-        wake: Callable[[], None] = lambda: None,
-        offload: OffloadPlanner | None = None,
-    ) -> None:
-        """``port``: of the side channel, from which other engines pull leases granted here.
-        ``wake``: wakes the step loop; called from any thread.
-        """
+    spec: EngineSpec
+    groups: Sequence[KVCacheGroup]
+    num_blocks: int
+    model_digest: str
+    engine_id: EngineId
+    port: int  # of the side channel, from which other engines pull leases granted here
+    grammars: Grammars
+    wake: Callable[[], None] = lambda: None  # wakes the step loop; called from any thread
+    offload: OffloadPlanner | None = None
+
+    def __post_init__(self) -> None:
+        spec, offload = self.spec, self.offload
         assert offload is None or spec.enable_prefix_caching
-        self.spec = spec
-        self.kv = KVCacheManager(groups, num_blocks, spec.block_size)
+        self.kv = KVCacheManager(self.groups, self.num_blocks, spec.block_size)
         # Longest prompt plus output; its last token needs no slot, because it is never computed.
         lengths = range(spec.max_model_len)
-        self.max_model_len = bisect_right(lengths, num_blocks, key=self.kv.min_blocks)
+        self.max_model_len = bisect_right(lengths, self.num_blocks, key=self.kv.min_blocks)
         self.queues = RequestQueues()
         self.batch = Batch(spec.max_num_seqs, spec.tensor_parallel_size)
         self.histograms = Histograms()
         # Totals since the start, by the names of ``COUNTERS``.
         self.counts: defaultdict[str, float] = defaultdict(int)
-        self.transfers = KVTransfers(self.kv, spec, self.counts, engine_id, port, offload)
+        self.transfers = KVTransfers(self.kv, spec, self.counts, self.engine_id, self.port, offload)
         self._prefixes = PrefixChanges()
         note = self._prefixes.note
         self.kv.pool.on_change = lambda found, is_held: note("device", found, is_held=is_held)
@@ -146,8 +143,6 @@ class RequestLifecycle:
         # A waiting request may be able to start now; the scheduler clears this.
         self.may_progress = False
         self._outputs: list[engine.Tokens | engine.RequestFinished] = []
-        self._grammars, self._wake = grammars, wake
-        self._model_digest = model_digest
         self._num_arrived = 0
 
     # Messages from the server
@@ -160,7 +155,7 @@ class RequestLifecycle:
             # The lease is on the prompt, whose blocks later tokens would push out of the windows.
             output_limit = min(output_limit, 1)
         hasher = TokenHasher(
-            root_hash(self._model_digest, cache_salt=message.cache_salt), self.spec.block_size
+            root_hash(self.model_digest, cache_salt=message.cache_salt), self.spec.block_size
         )
         self._num_arrived += 1
         prefix_keys = PrefixKeys(root_key(cache_salt=message.cache_salt), self.spec.block_size)
@@ -181,12 +176,12 @@ class RequestLifecycle:
             self.transfers.pull_nothing(request)
             request.wants_pull = False
         if message.sampling.grammar:
-            request.grammar = self._grammars.take(message.sampling.grammar)
+            request.grammar = self.grammars.take(message.sampling.grammar)
             request.grammar.add_done_callback(self._on_compiled)
 
     def _on_compiled(self, _: object) -> None:
         self.may_progress = True
-        self._wake()
+        self.wake()
 
     def is_compiled(self, request: Request) -> bool:
         """Return whether the request's grammar is ready; end the request if compiling failed."""
@@ -416,7 +411,7 @@ class RequestLifecycle:
         if request.row is not None:
             self.batch.unseat(request)
         if request.grammar is not None:
-            self._grammars.give_back(request.message.sampling.grammar)
+            self.grammars.give_back(request.message.sampling.grammar)
         self.kv.free(request.tables)
         self.may_progress = True
 
