@@ -30,6 +30,7 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError, StartupError
 from pdlaunch.http.errors import error_response
+from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 
 # Limit between the accept, or the last answer, and the end of the next request's header
 IDLE_TIMEOUT_S = 20.0
@@ -54,7 +55,7 @@ class HttpRunner(web.AppRunner):
         app: web.Application,
         *,
         max_connections: int,
-        shutdown_timeout_s: float,
+        shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:

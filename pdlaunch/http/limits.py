@@ -100,9 +100,6 @@ class Interrupts:
     def __init__(self) -> None:
         self._running: set[asyncio.Timeout] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._running)
-
     def end_all(self) -> None:
         for timeout in self._running:
             # An expired time-out cannot be rescheduled; its block is ending already.

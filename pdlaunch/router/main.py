@@ -28,7 +28,7 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.config.shared_settings import AutopilotMode
 from pdlaunch.errors import ConfigError, OverloadedError, PdlaunchError
 from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
-from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.protocol import control
 from pdlaunch.protocol.bottleneck import HOLD_S, Look, decide
@@ -82,12 +82,7 @@ async def serving(
     tls = None if spec.certificate is None else spec.certificate.context()
     following = asyncio.ensure_future(follow_certificate(spec.certificate, tls))
     try:
-        runner = HttpRunner(
-            router.app,
-            max_connections=spec.max_connections,
-            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
-            tls=tls,
-        )
+        runner = HttpRunner(router.app, max_connections=spec.max_connections, tls=tls)
         runners.append(runner)
         await runner.setup()
         runners.append(await listen_at_admin_socket(router.app, run_dir / ADMIN_SOCKET))

@@ -170,7 +170,7 @@ class Relay:
         hop: Hop = "decode" if route.prefill is None else "prefill"
         if self._num_decode_attempts or (hop == "prefill" and self._attempts.failure is not None):
             metrics.count("retries", hop)
-            self._record.retries += 1
+            self._record.known.retries += 1
         if lease is None and not self._num_decode_attempts:
             metrics.routed(route)
             is_fallback = route.is_fallback or self._attempts.num_failures["prefill"] > 0
@@ -262,7 +262,7 @@ class Relay:
         lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
             self._pulls_from = lease.engine
-            self._record.kv_path = state.pool.path(lease.engine, engine)
+            self._record.known.kv_path = state.pool.path(lease.engine, engine)
         # Ask vLLM for a whole answer if the client wants one: its streams lack some fields.
         is_whole = is_vllm and not prompt.is_stream
         path = prompt.endpoint.path

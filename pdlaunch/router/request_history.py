@@ -85,21 +85,14 @@ class EngineCall(msgspec.Struct):
 
 class RequestRecord:
     def __init__(self, request_id: HttpRequestId, path: str) -> None:
-        self.id = request_id
-        self.path = path
-        self.received_at = time.time()
-        self.model: str | None = None
-        self.kv_path: str | None = None
-        self.retries = 0
-        self.status: int | None = None
-        self.error: str | None = None
+        # What is known so far; ``summary`` adds what the calls tell.
+        self.known = RequestSummary(id=request_id, received_at=time.time(), path=path)
         self.log = spans.SpanLog()
         self.usage: Usage | None = None
         self.clock: RequestClock | None = None  # knows when tokens were sent to the client
         self.transcripts: list[Transcript] = []  # of the running prompts
         self.finish_reasons: dict[str, None] = {}
         self._calls: list[EngineCall] = []
-        self._explanation: str | None = None
         self._num_tokens = 0  # of a request that has ended
         self._end_at: float | None = None
 
@@ -109,7 +102,7 @@ class RequestRecord:
 
     @property
     def has_failed(self) -> bool:
-        return self.is_done and (self.error is not None or (self.status or 0) >= 400)
+        return self.is_done and (self.known.error is not None or (self.known.status or 0) >= 400)
 
     @property
     def duration_s(self) -> float:
@@ -127,12 +120,12 @@ class RequestRecord:
         return (num_prompt_tokens if self.num_tokens else 0), self.num_tokens
 
     def understood(self, model: str | None, num_prompts: int) -> None:
-        self.model = None if model is None else model[:MAX_MODEL_LENGTH]
+        self.known.model = None if model is None else model[:MAX_MODEL_LENGTH]
         self.log.add("receive", self.log.start_at, prompts=num_prompts)
 
     def routed(self, hop: Hop, route: Route) -> None:
         logger.debug("route of %s: %s", hop, route)
-        self._explanation = route.reason
+        self.known.explanation = route.reason
         prefill, decode = (e.name if e else None for e in (route.prefill, route.decode))
         self.log.mark("route", hop=hop, prefill=prefill, decode=decode, explanation=route.reason)
 
@@ -149,73 +142,74 @@ class RequestRecord:
             call.span.end_at = self.log.clock()
 
     def fail(self, error: BaseException) -> None:
-        if self.error is None:
-            self.status, self.error = error_status(error), describe_error(error)
+        if self.known.error is None:
+            self.known.status, self.known.error = error_status(error), describe_error(error)
 
     def end(self, status: int) -> None:
-        if status == CLIENT_CLOSED_REQUEST and self.error is None:
-            self.status, self.error = status, CLIENT_LEFT
-        self.status = self.status or status  # that of an error which was recorded earlier stays
+        known = self.known
+        if status == CLIENT_CLOSED_REQUEST and known.error is None:
+            known.status, known.error = status, CLIENT_LEFT
+        known.status = known.status or status  # that of an error which was recorded earlier stays
         # Drop the transcripts, which hold every token.
         self._num_tokens, self.transcripts = self.num_tokens, []
         if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
             self.log.add("first token", first_at, first_at)
             self.log.add("tokens", first_at, self.clock.last_token_at, tokens=self._num_tokens)
         self._end_at = self.log.clock()
-        self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
+        self.log.add("end", self._end_at, self._end_at, status=known.status, error=known.error)
 
     def summary(self) -> RequestSummary:
         used = [call for call in self._calls if call.error is None]
         last = {call.hop: call for call in used}
         prefill, decode = last.get("prefill"), last.get("decode")
-        computing = prefill or decode
-        at_first = {} if computing is None else computing.attributes(spans.SEATED)
-        at_decode = {} if decode is None else decode.attributes(spans.SEATED)
-        pulls = [] if decode is None else decode.named(spans.PULL)
-        pull = pulls[0].attributes if pulls else {}
-        num_bytes = _number(pull.get("bytes"))
+        told = msgspec.structs.replace(
+            self.known,
+            state="done" if self.is_done else "running",
+            route="->".join(call.engine for call in (prefill, decode) if call) or None,
+            output_tokens=self.num_tokens if self._calls else None,
+            total_ms=_ms(self.duration_s),
+            finish_reason=",".join(self.finish_reasons) or None,
+        )
+        if (computing := prefill or decode) is not None:
+            seated = computing.attributes(spans.SEATED)
+            told.cached_device_tokens = _count(seated.get("device_tokens"))
+            told.cached_host_tokens = _count(seated.get("host_tokens"))
+            told.prefill_ms = _ms(_prefill_s(computing))
+        if prefill is not None:
+            told.prefill = prefill.engine
+        if decode is not None:
+            told.decode = decode.engine
+            told.remote_tokens = _count(decode.attributes(spans.SEATED).get("remote_tokens"))
+            if pulls := decode.named(spans.PULL):
+                pull = pulls[0].attributes
+                told.pull_ms = _ms(max(span.duration_s for span in pulls))
+                told.pull_gb_s = _number(pull.get("gb_s"))
+                if (num_bytes := _number(pull.get("bytes"))) is not None:
+                    told.pull_mb = round(num_bytes / 1e6, 3)
+                if "verified" in pull:
+                    told.verified = bool(pull["verified"])
         # The choices of a prompt wait at the same time.
         queued = [span for call in used for span in call.named(spans.QUEUE)]
-        waits_s = [span.duration_s for span in queued if not span.attributes.get("choice")]
-        names = [call.engine for call in (prefill, decode) if call is not None]
-        usage, first_at = self.usage, None if self.clock is None else self.clock.first_token_at
-        details = None if usage is None else usage.prompt_tokens_details
-        output_tokens = self.num_tokens if self._calls else None
-        return RequestSummary(
-            id=self.id,
-            received_at=self.received_at,
-            status=self.status,
-            state="done" if self.is_done else "running",
-            path=self.path,
-            model=self.model,
-            prefill=None if prefill is None else prefill.engine,
-            decode=None if decode is None else decode.engine,
-            route="->".join(names) or None,
-            explanation=self._explanation,
-            kv_path=self.kv_path,
-            prompt_tokens=None if usage is None else usage.prompt_tokens,
-            cached_tokens=None if details is None else details.cached_tokens,
-            cached_device_tokens=_count(at_first.get("device_tokens")),
-            cached_host_tokens=_count(at_first.get("host_tokens")),
-            remote_tokens=_count(at_decode.get("remote_tokens")),
-            queue_ms=_ms(sum(waits_s) if waits_s else None),
-            prefill_ms=_ms(None if computing is None else _prefill_s(computing)),
-            pull_ms=_ms(max((span.duration_s for span in pulls), default=None)),
-            pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
-            pull_gb_s=_number(pull.get("gb_s")),
-            verified=bool(pull["verified"]) if "verified" in pull else None,
-            first_token_ms=_ms(None if first_at is None else first_at - self.log.start_at),
-            output_tokens=output_tokens if usage is None else usage.completion_tokens,
-            ms_per_token=self._ms_per_token(first_at),
-            total_ms=_ms(self.duration_s),
-            retries=self.retries,
-            finish_reason=",".join(self.finish_reasons) or None,
-            error=self.error,
-        )
+        if waits_s := [span.duration_s for span in queued if not span.attributes.get("choice")]:
+            told.queue_ms = _ms(sum(waits_s))
+        if (usage := self.usage) is not None:
+            told.prompt_tokens, told.output_tokens = usage.prompt_tokens, usage.completion_tokens
+            if usage.prompt_tokens_details is not None:
+                told.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
+            told.first_token_ms = _ms(first_at - self.log.start_at)
+            num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at
+            num_steps = self.num_tokens - num_choices
+            # Whole answers of vLLM arrive at once, so they have no time per token.
+            if num_steps > 0 and took_s > 0:
+                told.ms_per_token = _ms(took_s * num_choices / num_steps)
+        return told
 
     def trace(self) -> RequestTrace:
         start_at, ended = self.log.start_at, [call for call in self._calls if call.is_over]
-        whole = spans.Span("request", start_at, start_at + self.duration_s, {"path": self.path})
+        whole = spans.Span(
+            "request", start_at, start_at + self.duration_s, {"path": self.known.path}
+        )
         # Each span with its parent. Several calls may go to the same engine.
         told = [(span, whole) for span in (*self.log.spans, *(call.span for call in ended))]
         told += [(span, call.span) for call in ended for span in call.engine_spans]
@@ -235,14 +229,6 @@ class RequestRecord:
         dropped_spans = self.log.num_dropped + sum(call.num_dropped for call in self._calls)
         summary = msgspec.structs.asdict(self.summary())
         return RequestTrace(**summary, spans=views, dropped_spans=dropped_spans)
-
-    def _ms_per_token(self, first_at: float | None) -> float | None:
-        if self.clock is None or first_at is None:
-            return None
-        num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at
-        num_steps = self.num_tokens - num_choices
-        # Whole answers of vLLM arrive at once, so they have no time per token.
-        return _ms(took_s * num_choices / num_steps) if num_steps > 0 and took_s > 0 else None
 
 
 def _prefill_s(call: EngineCall) -> float | None:
@@ -333,7 +319,7 @@ class RequestHistory:
 
     async def trace(self, http: web.Request) -> web.Response:
         for record in self._latest():
-            if record.id == http.match_info["id"]:
+            if record.known.id == http.match_info["id"]:
                 return json_response(record.trace())
         message = f"the router has no request with this id; it keeps the last {MAX_KEPT}"
         raise RequestError(message, param="id", status=404, code="request_not_found")

@@ -70,7 +70,11 @@ def read_response_request(raw: bytes, request_id: str) -> tuple[bytes, ResponseW
     if tools := body.get("tools"):
         if not isinstance(tools, list):
             raise RequestError("tools must be a list", param="tools")
-        chat["tools"] = [_tool(tool) for tool in tools]
+        for tool in tools:
+            if not isinstance(tool, dict) or tool.get("type") != "function":
+                raise RequestError("only tools of type function are supported", param="tools")
+            function = {name: value for name, value in tool.items() if name != "type"}
+            chat.setdefault("tools", []).append({"type": "function", "function": function})
         choice = body.get("tool_choice") or "auto"
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice.get("name")}}
@@ -78,13 +82,6 @@ def read_response_request(raw: bytes, request_id: str) -> tuple[bytes, ResponseW
     if chat.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     return msgspec.json.encode(chat), ResponseWriter(body, request_id)
-
-
-def _tool(tool: object) -> dict[str, Any]:
-    if not isinstance(tool, dict) or tool.get("type") != "function":
-        raise RequestError("only tools of type function are supported", param="tools")
-    function = {name: value for name, value in tool.items() if name != "type"}
-    return {"type": "function", "function": function}
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ class RouterState:
         before = self.pool.engines
         self.pool.update(registry)
         for engine in before:
-            if engine.calls and self._is_lost(engine):
+            if self._is_lost(engine):
                 # Wait first: its process may still close the calls, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self._follower.update(self.pool.engines)

@@ -32,7 +32,7 @@ from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.headers import ignored_fields_header
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH
-from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
@@ -189,7 +189,6 @@ class ServerProcess:
         runner = HttpRunner(
             make_app(self._service, keys=[key for key in keys if key is not None]),
             max_connections=fit(self._spec.limits.max_connections),
-            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
             tls=None if is_local or certificate is None else server_context(certificate),
         )
         try:

@@ -23,7 +23,6 @@ from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER, PASSED_HEADERS, REQUEST_ID_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
-from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
 from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import RequestMetrics
@@ -67,7 +66,6 @@ class Door:
         self._runner = HttpRunner(
             self._app(),
             max_connections=fit(spec.max_connections, num_each=4),
-            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
             tls=server_context(keys.certificate),
         )
 
