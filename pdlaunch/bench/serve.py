@@ -80,9 +80,8 @@ class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterator[BenchRun]:
-    """Send a warm-up request for each prompt length, then measure one load after the other.
-
-    Raises PdlaunchError if the deployment cannot be used, or refuses a warm-up request.
+    """Send a warm-up request for each prompt length, then measure one load after the other. Raises
+    PdlaunchError if the deployment cannot be used.
     """
     check_url(options.url)
     async with client_session(options.url, options.api_key) as session:

@@ -146,10 +146,7 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Read server-sent events from pieces as they arrive. Raises msgspec.MsgspecError.
-
-    All events of a piece get the arrival time of the piece, so that decoding them takes no time.
-    """
+    """Read server-sent events from pieces, which give them their time. Raises msgspec.MsgspecError."""
     rest = b""
     async for piece in pieces:
         now = clock()

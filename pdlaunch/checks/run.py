@@ -78,10 +78,7 @@ class Report:
 def run_checks(
     launch: ResolvedLaunch, origins: Mapping[str, str], probes: Probes, *, rules: Iterable[Rule]
 ) -> Report:
-    """Apply every rule in ``rules``, such as all rules of an engine kind.
-
-    A rule that needs an unknown fact is listed as not checked.
-    """
+    """Apply ``rules``. A rule that needs an unknown fact is listed as not checked."""
     whole = {"": make_context(launch, origins, probes)}
     hosts = {
         host.name: make_context(launch.on_host(host), origins, probes)

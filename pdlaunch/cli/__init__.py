@@ -25,9 +25,7 @@ def main() -> None:
 
 def catch_end_signals() -> list[int]:
     """Make SIGTERM and SIGHUP end a command like Ctrl-C, so that it stops its own processes.
-
-    Returns a list with one item: the signal that came first, SIGINT by default. A SIGHUP that
-    ``nohup`` ignores stays ignored.
+    Returns a list of the signal that came first. A SIGHUP that ``nohup`` ignores stays ignored.
     """
     first: list[int] = [signal.SIGINT]
 

@@ -196,9 +196,8 @@ def serve(
 
 @contextlib.contextmanager
 def _reported_errors() -> Any:
-    """Print an error or Ctrl-C, and continue after the block with the finished measurements.
-
-    Yields the exit codes.
+    """Print an error or Ctrl-C, and continue after the block with the rows so far. Yields exit
+    codes.
     """
     codes: list[int] = []
     try:
@@ -305,9 +304,8 @@ def run_module(
     stdout: int = subprocess.PIPE,
     environ: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Run ``python -m MODULE ARGUMENTS`` and return its output. This process never imports torch.
-
-    Raises ``typer.Exit`` if the module fails.
+    """Run ``python -m MODULE ARGUMENTS``, so that torch is not imported here, and return its
+    output. Raises ``typer.Exit`` if it fails.
     """
     # -P: do not import a folder named pdlaunch in the current folder.
     guard = "pdlaunch.protocol.process.bootstrap"  # ends the module with this process

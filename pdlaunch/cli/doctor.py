@@ -176,9 +176,8 @@ async def examine(
     sends_canaries: bool,
     is_exact: bool,
 ) -> SeenDeployment:
-    """Query all engines at the same time, then send a canary through each pair in turn.
-
-    ``keys`` and ``doors``: URL of an engine -> its key, and where to call it.
+    """Query all engines at the same time, then send a canary through each pair in turn. ``keys``
+    and ``doors``: URL of an engine -> its key, and where to call it.
     """
     places = {url: doors.get(url, AskedAt(url)) for _, url in urls}
     async with contextlib.AsyncExitStack() as stack:

@@ -115,9 +115,8 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
 def joined_agents(
     config: LaunchConfig, environ: Mapping[str, str], log_dir: Path
 ) -> Iterator[Agents | None]:
-    """Yield the agents of all hosts of a launch; None if it has no other hosts.
-
-    Raises ConfigError, and StartupError naming hosts that do not join within ``join_timeout_s``.
+    """Yield the agents of all hosts of a launch; None if it has no other hosts. Raises ConfigError,
+    and StartupError naming hosts that do not join in time.
     """
     names = [host.name for host in config.hosts if host.name != LOCAL]
     if config.placement == "local" or not names:
@@ -250,8 +249,7 @@ def _serve_sessions(
     num_cpus: int | None = None,
 ) -> None:
     """Run sessions until the supervisor dismisses this agent; after a lost session, join again.
-
-    ``allowed``: executables that engines may run. Raises ConfigError, and StartupError.
+    ``allowed``: executables that engines may run. Raises ConfigError and StartupError.
     """
     executables = allowed_executables(allowed)
     setup_logging("agent", "info")

@@ -24,10 +24,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Format of the ou
 
 
 def safe(text: str) -> str:
-    """Escape lone surrogates and control characters except newlines.
-
-    A terminal would obey them, and names of clients and answers of other servers may contain any.
-    """
+    """Escape lone surrogates and control characters except newlines, which a terminal would obey."""
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
 
@@ -41,8 +38,7 @@ def make_table(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], room: int | None = None
 ) -> Table:
     """Make a table. ``headings``: field of a row -> heading. A row may have a field ``style``.
-
-    ``room``: the most lines; the last line then says how many rows are left out.
+    ``room``: the most lines; the last one then says how many rows are left out.
     """
     table = Table(
         box=None if room else SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False

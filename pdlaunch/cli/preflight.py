@@ -30,10 +30,7 @@ AssumeOption = Annotated[
 
 
 def judged_machine(name: str | None, config: LaunchConfig) -> tuple[Machine, AssumedMachine | None]:
-    """Return the machine that ``--assume`` names, else this machine and None. Raises ConfigError.
-
-    Environment variables are those of this shell in both cases.
-    """
+    """Return the machine that ``--assume`` names, else this machine and None. Raises ConfigError."""
     if name is None:
         return probe_machine(), None
     found = find_machine(name, count_ranks(config), "--assume")
@@ -63,9 +60,8 @@ def refuse_errors(
     strict: bool = False,
     undone: str = "not started",
 ) -> None:
-    """Print warnings and errors of all rules; raise ``typer.Exit`` if there are errors.
-
-    ``strict``: warnings count as errors. ``undone``: says which action is refused.
+    """Print warnings and errors of all rules; raise ``typer.Exit`` if there are errors. ``strict``:
+    warnings count as errors. ``undone``: says which action is refused.
     """
     report = run_checks(resolved, origins, probes, rules=kind_of(resolved).rules())
     for finding in report.findings:

@@ -100,10 +100,8 @@ def status(
 def deployment_view(
     found: DeploymentStatus, width: int, room: int | None = None
 ) -> Iterator[RenderableType]:
-    """Yield the status of a deployment as text: three lines, tables, routes, events.
-
-    ``width``: in characters; narrow tables omit columns. ``room``: the most lines; tables then say
-    how many rows they omit.
+    """Yield the status of a deployment as text, for a ``width`` in characters and at most ``room``
+    lines. Tables omit what does not fit, and say how many rows they omit.
     """
 
     def line(text: str, style: str = "") -> Text:

@@ -11,10 +11,8 @@ ENGINE_HOST = "127.0.0.1"  # Engines listen here for their router
 
 
 class EngineSpec(SharedSettings, EngineSettings):
-    """Describes one engine: a server process and ``tensor_parallel_size`` ranks.
-
-    A spec has every setting of an engine. Settings whose default depends on machine or model are
-    declared again as required fields, so engine processes derive no values.
+    """Describes one engine: a server process and its ranks. Settings whose default depends on
+    machine or model are declared again as required fields: engine processes derive no values.
     """
 
     name: str  # ``prefill-0``, ``decode-1``: unique in the launch, stable over restarts

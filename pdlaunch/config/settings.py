@@ -148,9 +148,8 @@ def all_flags() -> Mapping[str, Flag]:
 
 
 def flag_name(path: str, value: object = None) -> str:
-    """Return a setting's flag with its dashes, or the dotted path of a setting without a flag.
-
-    For a switch with the value False, return the ``--no-`` form.
+    """Return a setting's flag with its dashes (``--no-`` for a switch that is off), or the dotted
+    path of a setting without a flag.
     """
     flag = all_flags().get(path)
     if flag is None:

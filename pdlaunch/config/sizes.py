@@ -14,10 +14,8 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:
-    """Return the bytes of ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number.
-
-    Units may be in lower or upper case. ``4G`` is refused, because its meaning differs between
-    tools. Raises ValueError, which pydantic turns into an error of the field.
+    """Return the bytes of ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number, in
+    any case. ``4G`` is refused: its meaning differs between tools. Raises ValueError.
     """
     if isinstance(value, bool):
         raise ValueError("a size such as 4GiB is needed, not a boolean")

@@ -48,9 +48,7 @@ class _Given:
 def load_config(
     path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]
 ) -> LoadedConfig:
-    """Merge all sources into one validated configuration.
-
-    ``flags``: values of the given flags, by dotted path (``prefill.replicas``). Raises
+    """Merge all sources; ``flags`` has values by dotted path (``prefill.replicas``). Raises
     InvalidConfigError with the problems of all sources.
     """
     values, places, problems = ({}, {}, []) if path is None else read_yaml(path)

@@ -117,9 +117,8 @@ def vllm_flag_name(key: str) -> str:
 
 
 def long_name(key: str) -> str:
-    """Return the long name of a flag, without ``no-`` and without keys of a JSON value.
-
-    A prefix of a flag in the tables above becomes that flag, as ``argparse`` completes it.
+    """Return the long name of a flag, without ``no-`` and keys of a JSON value. A prefix of a flag
+    in the tables above becomes that flag, as ``argparse`` completes it.
     """
     name = vllm_flag_name(key).partition(".")[0]
     spellings = (name, name.removeprefix("no-"))

@@ -28,8 +28,7 @@ Places = dict[str, str]
 
 def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
     """Return the settings of a file by dotted path, their places, and problems of single fields.
-
-    Raises InvalidConfigError if the file cannot be read or is not valid YAML.
+    Raises InvalidConfigError for a file that is not readable or no YAML.
     """
     reader = _Reader(path)
     root = _compose(_read_bytes(path), path)

@@ -96,10 +96,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Launches(contextlib.ExitStack):
-    """Starts arms on this machine, one at a time, and measures them.
-
-    The methods may raise PdlaunchError.
-    """
+    """Starts arms, one at a time, and measures them. The methods may raise PdlaunchError."""
 
     def __init__(
         self, load: Load, goals: Goals, attainment: float, loaded: LoadedConfig, *, on_cpu: bool
@@ -246,9 +243,8 @@ class Launches(contextlib.ExitStack):
     async def _prompts_at_once(
         self, number: int, length: int, output_tokens: int
     ) -> list[TimedCompletion]:
-        """Send new prompts at the same time; ``length`` 0: the median length of the load.
-
-        Raises PdlaunchError unless all are answered.
+        """Send new prompts at the same time; ``length`` 0: the median length of the load. Raises
+        PdlaunchError unless all are answered.
         """
         lengths = self.load.lengths()
         length = length or lengths[len(lengths) // 2]

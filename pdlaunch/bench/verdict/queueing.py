@@ -171,8 +171,7 @@ def predict(
     policy: RoutingPolicy = "pairs",
 ) -> float:
     """Return the highest rate at which the share ``attainment`` of requests meets the goals.
-
-    ``jobs_at``: returns the requests for a rate and a seed; probes send the same requests.
+    ``jobs_at``: returns the requests of a probe for a rate and a seed.
     """
 
     def is_met(rate: float) -> bool:

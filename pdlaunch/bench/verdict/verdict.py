@@ -45,9 +45,8 @@ def find_verdict(
     show: ShowProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Measure until the verdict is clear or the time is over. Adds each step to ``findings``.
-
-    After Ctrl-C, ``findings`` has all complete steps.
+    """Measure until the verdict is clear or the time is over. Adds each complete step to
+    ``findings``.
     """
     _predict(race, findings, launches, show)
     while (step := race.next_step(findings)) is not None:

@@ -48,10 +48,8 @@ _STOP_TIMEOUT_S = 10.0
 
 
 def fetch_part(name: str, revision: str | None, part: Part) -> int | None:
-    """Download the files of a part that the cache lacks: see ``Fetch``. Ends at once on Ctrl-C.
-
-    Asks the hub for a newer version of the description, unless HF_HUB_OFFLINE is set. Skips weights
-    that are complete in the cache.
+    """Download what the cache lacks of a part: see ``Fetch``. Ends at once on Ctrl-C. Asks the hub
+    for a newer description, unless HF_HUB_OFFLINE is set.
     """
     # Offline, the code that reads the files reports missing files.
     if is_offline() or (part == "weights" and _has_weights(name, revision)):

@@ -54,11 +54,9 @@ class ResolvedModel:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """Find a model by alias, directory, .gguf file or name on the hub, in this order.
-
-    A directory with the name of an alias has to be given as ``./NAME``. Does not use the network.
-    Raises ConfigError (field ``model``) with a fix; NotDownloadedError if the cache lacks a model
-    of the hub.
+    """Find a model by alias, directory (``./NAME`` if it has the name of an alias), .gguf file or
+    name on the hub, in this order, without the network. Raises ConfigError, and NotDownloadedError
+    if the cache lacks a model of the hub.
     """
     if is_on_hub(model):
         snapshot = cached_snapshot(model, revision)

@@ -28,10 +28,8 @@ _logger = logging.getLogger(__name__)
 
 
 def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
-    """Return the SHA-256 (hex) of config.json and of samples of each safetensors file, by name.
-
-    ``dummy``: weights are random, so only config.json counts. Raises ConfigError if files are
-    missing or damaged.
+    """Return the SHA-256 (hex) of config.json and, unless they are random (``dummy``), of samples
+    of each safetensors file, by name. Raises ConfigError.
     """
     started_at = time.monotonic()
     config = json.loads((model_dir / _CONFIG).read_text("utf-8"))
@@ -50,10 +48,7 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def sampled_digests(model: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of size and samples of each file of weights in any format, by name.
-
-    ``model``: a directory or a single file.
-    """
+    """Return the SHA-256 (hex) of size and samples of each file of weights in a folder, or of one."""
     return {
         file.name: _sampled_digest(file)
         for file in _files(model)
@@ -108,8 +103,8 @@ def _is_text(name: str) -> bool:
 
 
 def model_digest(digests: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) over ``weight_digests``; empty if there are none. Models with
-    equal digests can share KV. Files outside the folder do not count: they may differ by role.
+    """Return one SHA-256 (hex) over ``weight_digests``, or an empty text. Models with equal digests
+    can share KV. Files outside the folder do not count: they may differ by role.
     """
     own = sorted(item for item in digests.items() if "/" not in item[0])
     return hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else ""

@@ -101,10 +101,8 @@ class Outline:
 
 
 def outline_of(config: Config, file_bytes: int | None) -> Outline:
-    """Return the outline of the language model in a config.json.
-
-    ``config``: the file's fields, merged with those of its ``text_config``. ``file_bytes``: bytes
-    of the weights. Raises KeyError, TypeError and similar for a config that it cannot read.
+    """Return the outline of the language model in a config.json, whose fields are merged with those
+    of its ``text_config``. Raises KeyError, TypeError and similar for an unreadable one.
     """
     hidden, quantized = config["hidden_size"], config.get("quantization_config") or {}
     kinds = _kinds(config)

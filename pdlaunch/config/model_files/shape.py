@@ -167,10 +167,8 @@ class ModelShape:
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
-    """Read ``config.json`` (and ``generation_config.json``) of a directory in Hugging Face layout.
-
-    Raises ConfigError if the file is missing or broken, UnsupportedModelError if native engines
-    cannot serve the model.
+    """Read ``config.json`` and ``generation_config.json`` of a directory. Raises ConfigError, and
+    UnsupportedModelError for a model that native engines cannot serve.
     """
     directory = Path(model_dir)
     outer = read_json(directory / "config.json")
@@ -204,7 +202,6 @@ _ANY = Family(
 
 def read_outline(directory: Path, weight_bytes: int | None = None) -> ModelShape | None:
     """Return shape and outline of a model that only vLLM serves; None if it is not understood.
-
     ``weight_bytes``: the size of the weights if the directory has none.
     """
     outer = read_json(directory / "config.json")

@@ -73,11 +73,9 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def check_files(model_dir: Path, shape: ModelShape | None) -> None:
-    """Check names and shapes of the weights against config.json, and the files for text.
-
-    ``shape``: an outline, or None, of a model that only vLLM serves: all shapes and formats of
-    weights are accepted. Raises ConfigError. A rank would fail with the same errors, but only after
-    it has loaded torch.
+    """Check names and shapes of the weights against config.json, and the files for text, before a
+    rank loads torch. ``shape`` is None or an outline for vLLM, which reads all shapes and formats.
+    Raises ConfigError.
     """
     if shape is not None and not shape.is_outline:
         _check_weights(weight_files(model_dir), shape)
