@@ -31,8 +31,7 @@ import aiohttp
 import msgspec
 
 from benchmarks.router_cost import held_ports, router_command, running
-from pdlaunch.bench.loads import BenchOptions
-from pdlaunch.bench.serve import BenchRow, bench_serve
+from pdlaunch.bench.serve import BenchOptions, BenchRow, bench_serve
 from pdlaunch.launch.client.deployment import running_deployment
 
 KEY = "benchmark"

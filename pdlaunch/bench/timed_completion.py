@@ -146,7 +146,7 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Read server-sent events from pieces, which give them their time. Raises msgspec.MsgspecError."""
+    """Read server-sent events; each has the time of its piece. Raises msgspec.MsgspecError."""
     rest = b""
     async for piece in pieces:
         now = clock()

@@ -15,8 +15,15 @@ import typer
 from rich.console import Console
 
 from pdlaunch.api import launched
-from pdlaunch.bench.loads import FIRST_TOKEN_ID, BenchOptions, read_trace_file
-from pdlaunch.bench.serve import BenchRun, ShowProgress, bench_serve, without_words
+from pdlaunch.bench.serve import (
+    FIRST_TOKEN_ID,
+    BenchOptions,
+    BenchRun,
+    ShowProgress,
+    bench_serve,
+    read_trace_file,
+    without_words,
+)
 from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags

@@ -24,7 +24,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Format of the ou
 
 
 def safe(text: str) -> str:
-    """Escape lone surrogates and control characters except newlines, which a terminal would obey."""
+    """Escape surrogates and control characters, which a terminal would obey, except newlines."""
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
 

@@ -30,7 +30,7 @@ AssumeOption = Annotated[
 
 
 def judged_machine(name: str | None, config: LaunchConfig) -> tuple[Machine, AssumedMachine | None]:
-    """Return the machine that ``--assume`` names, else this machine and None. Raises ConfigError."""
+    """Return the machine that ``--assume`` names, or this one and None. Raises ConfigError."""
     if name is None:
         return probe_machine(), None
     found = find_machine(name, count_ranks(config), "--assume")

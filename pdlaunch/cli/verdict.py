@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pdlaunch import __version__
 from pdlaunch.api import resolve_here
-from pdlaunch.bench.loads import FIRST_TOKEN_ID, TraceRequest, read_trace_file
+from pdlaunch.bench.serve import FIRST_TOKEN_ID, TraceRequest, read_trace_file
 from pdlaunch.bench.verdict.arms import Arm, config_to_measure, settings_of, usable_arms
 from pdlaunch.bench.verdict.measure import Launches, Load
 from pdlaunch.bench.verdict.search import Findings, Race

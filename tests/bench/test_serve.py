@@ -12,15 +12,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.bench.loads import (
+from pdlaunch.bench.serve import (
     HASHED_TOKENS,
     BenchLoad,
     BenchOptions,
+    BenchRow,
+    BenchRun,
     TraceRequest,
     arrival_times,
+    bench_serve,
+    quantile_ms,
     read_trace_file,
+    summarise,
 )
-from pdlaunch.bench.serve import BenchRow, BenchRun, bench_serve, quantile_ms, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, read_goals, read_stream
 from pdlaunch.errors import ConfigError, PdlaunchError
 from tests.bench.fake_openai import FakeOpenAI, event

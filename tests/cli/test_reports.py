@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.loads import BenchLoad
-from pdlaunch.bench.serve import BenchRun, summarise
+from pdlaunch.bench.serve import BenchLoad, BenchRun, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.cli.html_report import bench_page, write_report
 

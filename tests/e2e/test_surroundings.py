@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.kills import kill_and_wait
-from pdlaunch.bench.loads import BenchOptions
-from pdlaunch.bench.serve import bench_serve
+from pdlaunch.bench.serve import BenchOptions, bench_serve
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment

@@ -14,15 +14,17 @@ import aiohttp
 import msgspec
 
 from pdlaunch.api import launched, resolve_here
-from pdlaunch.bench.loads import (
+from pdlaunch.bench.serve import (
     FIRST_TOKEN_ID,
     HASHED_TOKENS,
     BenchLoad,
     TraceRequest,
     arrival_times,
+    client_session,
+    model_of,
+    summarise,
     trace_prompt,
 )
-from pdlaunch.bench.serve import client_session, model_of, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, complete
 from pdlaunch.bench.verdict.arms import Arm, config_to_measure
 from pdlaunch.bench.verdict.queueing import WARM_UP, EngineFigures, Job

@@ -48,7 +48,7 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def sampled_digests(model: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of size and samples of each file of weights in a folder, or of one."""
+    """Return the SHA-256 (hex) of size and samples of each file of weights in a folder."""
     return {
         file.name: _sampled_digest(file)
         for file in _files(model)

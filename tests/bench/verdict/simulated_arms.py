@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pdlaunch.bench.loads import BenchLoad
-from pdlaunch.bench.serve import summarise
+from pdlaunch.bench.serve import BenchLoad, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict.arms import Arm
 from pdlaunch.bench.verdict.measure import Launches, Load, what_limits

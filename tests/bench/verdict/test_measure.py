@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdlaunch.bench.loads import TraceRequest
+from pdlaunch.bench.serve import TraceRequest
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict import measure
 from pdlaunch.bench.verdict.arms import Arm

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.bench.loads import BenchLoad, TraceRequest
-from pdlaunch.bench.serve import summarise
+from pdlaunch.bench.serve import BenchLoad, TraceRequest, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict.arms import Arm, all_arms
 from pdlaunch.bench.verdict.measure import Load, what_limits

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from pdlaunch.bench.loads import TraceRequest
+from pdlaunch.bench.serve import TraceRequest
 from pdlaunch.bench.timed_completion import Goals
 from pdlaunch.bench.verdict.arms import Arm, all_arms
 from pdlaunch.bench.verdict.measure import Load
