@@ -140,22 +140,17 @@ EXTRAS = {"gguf": ("gguf", "accelerate"), "cuda": ("cuda.bindings",), "mooncake"
 
 def probe_launch(resolved: ResolvedLaunch, *, with_ports: bool = True) -> Probes:
     """Probe weights, executables, ports and the packages of extras on this host."""
-    weight_errors = {
-        role: error
+    weights = {
+        role: weight_error(engines.model)
         for role, engines in resolved.roles.items()
         if engines.settings.load_format != "dummy"
-        and (error := weight_error(engines.model)) is not None
     }
     here = (resolved.hosts[0].name, LOCAL)
-    ports = {
-        (item.host, item.port): probe_port(item.host, item.port)
-        for item in (resolved.listeners if with_ports else ())
-        if item.on in here
-    }
+    ports = {(it.host, it.port) for it in resolved.listeners if it.on in here}
     return Probes(
-        ports=ports if with_ports else None,
+        ports={address: probe_port(*address) for address in ports} if with_ports else None,
         missing_extras=missing_modules(EXTRAS),
-        weight_errors=weight_errors,
+        weight_errors={role: error for role, error in weights.items() if error is not None},
         engine_commands=_engine_commands(resolved),
     )
 

@@ -212,14 +212,9 @@ class Rule:
             for each in _found(self.when(item)):
                 where = _place(context, item, each.at or self.at)
                 items = item if isinstance(item, tuple) else (item,)
-                yield Finding(
-                    self.code,
-                    self.severity,
-                    where,
-                    each.message or self.message.format(*items),
-                    each.fix or self.fix,
-                    context.origins.get(where, ""),
-                )
+                message = each.message or self.message.format(*items)
+                fix, origin = each.fix or self.fix, context.origins.get(where, "")
+                yield Finding(self.code, self.severity, where, message, fix, origin)
 
 
 def _found(outcome: Outcome) -> Iterable[Found]:

@@ -89,24 +89,21 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
     # Importing a command takes up to a second; help takes the other commands from the table.
     called = next((word for word in arguments if not word.startswith("-")), None)
     for command in commands:
-        loaded = command.load() if command.name == called else None
+        name, summary = command.name, command.summary
+        loaded = command.load() if name == called else None
         if command.is_group:
-            app.add_typer(
-                loaded or typer.Typer(callback=_placeholder),
-                name=command.name,
-                help=command.summary,
-            )
-        else:
-            kind = getattr(loaded, "command_class", None)
-            app.command(
-                command.name,
-                help=inspect.getdoc(loaded) if loaded else command.summary,
-                short_help=command.summary,
-                # click keeps the lines of a paragraph that begins with \b.
-                epilog=(f"\b\nExamples:\n{command.examples}\n\n" if command.examples else "")
-                + f"Exit codes: {command.exit_codes}.",
-                cls=kind,
-            )(loaded or _placeholder)
+            group = loaded or typer.Typer(callback=_placeholder)
+            app.add_typer(group, name=name, help=summary)
+            continue
+        # click keeps the lines of a paragraph that begins with \b.
+        examples = f"\b\nExamples:\n{command.examples}\n\n" if command.examples else ""
+        app.command(
+            name,
+            help=inspect.getdoc(loaded) if loaded else summary,
+            short_help=summary,
+            epilog=f"{examples}Exit codes: {command.exit_codes}.",
+            cls=getattr(loaded, "command_class", None),
+        )(loaded or _placeholder)
     return app
 
 

@@ -169,12 +169,8 @@ def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
         hidden=name != flag.name,
     )
     annotated: Any = Annotated  # as Any, because the type of the option is a value here
-    return inspect.Parameter(
-        name.replace("-", "_"),
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=annotated[kind | None, option],
-    )
+    how, kind = inspect.Parameter.KEYWORD_ONLY, annotated[kind | None, option]
+    return inspect.Parameter(name.replace("-", "_"), how, default=None, annotation=kind)
 
 
 def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:

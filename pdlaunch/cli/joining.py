@@ -85,11 +85,6 @@ def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> Loade
     return replace(loaded, config=config.model_copy(update=placed))
 
 
-def is_agent_task(config: LaunchConfig, environ: Mapping[str, str]) -> bool:
-    """Return True if this process is a Slurm task that runs an agent. Raises ConfigError."""
-    return config.placement == "slurm" and not slurm.is_supervisor(environ)
-
-
 def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     """Run the agent of this Slurm task until the supervisor's task ends.
 

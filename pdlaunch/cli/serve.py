@@ -26,7 +26,7 @@ from rich.text import Text
 from pdlaunch.checks.probed import Probes, probe_launch
 from pdlaunch.cli.findings import StrictOption
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.joining import Agents, is_agent_task, joined_agents, serve_task
+from pdlaunch.cli.joining import Agents, joined_agents, serve_task
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, counted, ending_at_errors, print_json, print_line, safe, say
 from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch, refuse_errors
@@ -39,6 +39,7 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.client.api import launch_api, read_status
 from pdlaunch.launch.engines import plan_processes
+from pdlaunch.launch.hosts.placement.slurm import is_supervisor
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch, new_log_dir
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.machine.facts import Machine
@@ -88,7 +89,7 @@ def serve(
             print_plan(resolved, output)
             return
         check_platform()
-        if is_agent_task(loaded.config, os.environ):
+        if by_slurm and not is_supervisor(os.environ):
             serve_task(loaded.config, os.environ)
             return
         outcome = _launch(loaded, machine, lifeline, strict=strict)

@@ -158,19 +158,15 @@ def _engine_cells(engine: EngineStatus) -> dict[str, Any]:
     cache = (reading.cache if reading else None) or {}
     hits = [_percent(cache.get(tier)) for tier in ("device", "host", "remote")]
     state = "DOWN" if engine.is_down else engine.shown_state
+    style = {"ready": "", "DOWN": "bold red"}.get(state, "yellow")
     return {
-        "engine": engine.name,
-        "role": engine.role,
-        "host": engine.host,
-        "state": state,
-        "load": engine.load,
+        **{"engine": engine.name, "role": engine.role, "host": engine.host, "load": engine.load},
+        **{"state": state, "style": style, "hits": "/".join(hits) if cache else UNKNOWN},
         "running": reading.running if reading else None,
         "waiting": reading.waiting if reading else None,
         "kv": _percent(reading.kv_usage if reading else None),
         "host_kv": _percent(reading.host_usage if reading else None),
-        "hits": "/".join(hits) if cache else UNKNOWN,
         "rate": amount(reading.pulls.bytes_per_s if reading else None, "B/s"),
-        "style": {"ready": "", "DOWN": "bold red"}.get(state, "yellow"),
     }
 
 

@@ -110,20 +110,18 @@ class NixlSettings(ConnectorSettings):
         """Return the variables for UCX. Without ``network``, UCX_TLS excludes transports that
         accept connections from anybody, even if the user's value contains them.
         """
+        rdma = network.rdma_devices if network else ()
         defaults = {
             # UCX's InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1), so it
             # is loaded only for RDMA. Ranks with RDMA call os._exit, which skips the finaliser.
-            "UCX_MODULES": "*" if network and network.rdma_devices else "^ib",
-            "UCX_WARN_UNUSED_ENV_VARS": "n",
-            "NIXL_LOG_LEVEL": "WARN",
-            **_PRINT_READS,
+            "UCX_MODULES": "*" if rdma else "^ib",
+            **{"UCX_WARN_UNUSED_ENV_VARS": "n", "NIXL_LOG_LEVEL": "WARN", **_PRINT_READS},
         }
         transports = local_transports(environ, device)
         if network is not None:
-            to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
-            transports = (*to_hosts, *transports)
+            transports = (*network_transports(environ, has_rdma=bool(rdma)), *transports)
             # The rank replaces the address by the name of the network device that has it.
-            devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
+            devices = (network.address, *(f"{name}:1" for name in rdma))
             defaults["UCX_NET_DEVICES"] = ",".join(devices)
             defaults["UCX_TCP_PORT_RANGE"] = network.ports
             if ":" in network.address:

@@ -55,10 +55,8 @@ def read_engine_url(url: str) -> EngineAddress:
         # DNS allows no other labels; Python's error for them is not that of an unknown name.
         or not all(map(_LABEL.fullmatch, host.split(".")))
     ):
-        raise ValueError(
-            f"{url[:100]!r} is not the URL of an engine; write http://HOST:PORT, "
-            "https://HOST:PORT or unix:/PATH"
-        )
+        fix = "write http://HOST:PORT, https://HOST:PORT or unix:/PATH"
+        raise ValueError(f"{url[:100]!r} is not the URL of an engine; {fix}")
     return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
 
 

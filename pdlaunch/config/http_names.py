@@ -45,10 +45,8 @@ def _check_host(name: str) -> str:
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
-        raise ValueError(
-            f"{name[:100]!r} is not a host name or address; write it without scheme and port, or "
-            f"{ANY!r} for any name"
-        ) from None
+        fix = f"write it without scheme and port, or {ANY!r} for any name"
+        raise ValueError(f"{name[:100]!r} is not a host name or address; {fix}") from None
     return name
 
 

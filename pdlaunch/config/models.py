@@ -74,10 +74,8 @@ def _refuse_text(value: object) -> object:
 
 def _check_hang_timeout(value: float) -> float:
     if 0 < value < MIN_HANG_TIMEOUT_S:
-        raise ValueError(
-            f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, in which a process sends "
-            "several heartbeats"
-        )
+        why = "in which a process sends several heartbeats"
+        raise ValueError(f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, {why}")
     return value
 
 

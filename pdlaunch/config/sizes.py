@@ -26,10 +26,8 @@ def parse_size(value: object) -> int:
     if match is not None and unit in ("k", "m", "g", "t"):
         letter = "k" if unit == "k" else unit.upper()
         binary, decimal = f"{match[1]}{unit.upper()}iB", f"{match[1]}{letter}B"
-        raise ValueError(
-            f"{value!r:.100} may mean {binary} (powers of 1024) or {decimal} (powers of 1000); "
-            "write one of them"
-        )
+        forms = f"{binary} (powers of 1024) or {decimal} (powers of 1000)"
+        raise ValueError(f"{value!r:.100} may mean {forms}; write one of them")
     if match is None or unit not in _UNITS:
         raise ValueError(f"{value!r:.100} is not a size; write for example 512MiB or 4GiB")
     # Fractions are exact, floats are not.

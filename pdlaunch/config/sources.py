@@ -173,12 +173,9 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
     # Hide lists of mappings too: users may write a key into an entry, such as its URL.
     is_hidden = is_secret(path) or (setting is not None and setting.has_sections)
     value = None if is_hidden else shown(item.value)
-    text = (
-        f"{value} is wrong: {message}"
-        if value is not None and (not isinstance(item.value, str) or value not in message)
-        else message
-    )
-    return Problem(text, shown_name(path), value, fix, item.origin)
+    if value is not None and not (isinstance(item.value, str) and value in message):
+        message = f"{value} is wrong: {message}"
+    return Problem(message, shown_name(path), value, fix, item.origin)
 
 
 def shown_config(config: LaunchConfig) -> dict[str, Any]:
