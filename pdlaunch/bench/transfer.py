@@ -116,23 +116,20 @@ def _measure(pairs: Sequence[RankPair], options: TransferOptions, count: int) ->
     """Pull ``count`` blocks without and with checksums, in turns. All turns pull equal blocks."""
     source = random.Random(count)
     local, remote = (source.sample(range(max(options.num_blocks)), count) for _ in range(2))
-    turns = [
-        [pair.pull(local, remote) for pair in pairs]
-        for _ in range(NUM_WARM_UP_TURNS + options.num_repeats)
-    ]
+    num_turns = NUM_WARM_UP_TURNS + options.num_repeats
+    turns = [[pair.pull(local, remote) for pair in pairs] for _ in range(num_turns)]
     # Each pull has two times: that of the whole pull, and that of its READ.
     (pull_s, read_s), (verified_s, _) = (
         [statistics.median(values) for values in zip(*times, strict=True)]
         for times in zip(*turns[NUM_WARM_UP_TURNS:], strict=True)
     )
     gigabytes = count * options.layout().block_bytes / 1e9
+    times_s = {"read": read_s, "unverified": pull_s, "pull": verified_s}
     return {
         "path": ", ".join(sorted({pair.ready.path for pair in pairs})),
         "num_blocks": count,
         "megabytes": round(gigabytes * 1e3, 2),
-        "read_gb_per_s": round(gigabytes / read_s, 3),
-        "unverified_gb_per_s": round(gigabytes / pull_s, 3),
-        "pull_gb_per_s": round(gigabytes / verified_s, 3),
+        **{f"{name}_gb_per_s": round(gigabytes / time_s, 3) for name, time_s in times_s.items()},
         "overhead_us": round((pull_s - read_s) * 1e6),
         "checksum_percent": round((verified_s / pull_s - 1) * 100, 1),
     }
@@ -153,16 +150,13 @@ class RankPair:
         self._pools = {role: ProcessPoolExecutor(1, context) for role in PAIR}
         for role, engine_id in zip(PAIR, (self._engine_id, draw_engine_id()), strict=True):
             stack.callback(self._stop, role)
-            self._run(role, _start, role, engine_id, settings, options, keys)
+            self._call(role, "start", role, engine_id, settings, options, keys)
         entries = [self._call(role, "entry") for role in PAIR]
         self.ready: PairReady = self._call("decode", "connect", entries)
 
     def _call(self, role: Role, method: str, *arguments: object) -> Any:
-        return self._run(role, _call, method, *arguments)
-
-    def _run(self, role: Role, function: Any, *arguments: object) -> Any:
         try:
-            return self._pools[role].submit(function, *arguments).result()
+            return self._pools[role].submit(_call, role, method, *arguments).result()
         except BrokenProcessPool as error:
             raise TransferError(f"a process of the benchmark ended: {error}") from error
 
@@ -200,29 +194,14 @@ class RankPair:
             **same,
         )
         times: tuple[float, float] = self._call("decode", "pull", command)
-        self._call("prefill", "await_lease_end")
+        self._call("prefill", "wait_for", LeaseEnded)
         return times
-
-
-_ranks: list[Rank] = []  # the one rank of a child process
-
-
-def _start(role: Role, engine_id: EngineId, settings: KVTransferSettings, *more: Any) -> None:
-    logging.disable()  # the parent gets errors as exceptions
-    try:
-        _ranks.append(Rank(role, engine_id, settings, *more))
-    except Exception as error:  # Not every exception can be sent to the parent.
-        raise TransferError(f"{role}: {error}") from None
-
-
-def _call(method: str, *arguments: object) -> Any:
-    return getattr(_ranks[0], method)(*arguments)
 
 
 class Rank:
     """A rank whose KV cache has random numbers: it grants leases and pulls blocks."""
 
-    def __init__(
+    def start(
         self,
         role: Role,
         engine_id: EngineId,
@@ -230,6 +209,7 @@ class Rank:
         options: TransferOptions,
         keys: LaunchKeys,
     ) -> None:
+        logging.disable()  # the parent gets errors as exceptions
         torch.set_num_threads(1)
         on_cpu = options.device == "cpu"
         # Prefill and decode use different GPUs if there are two.
@@ -309,15 +289,12 @@ class Rank:
 
     def pull(self, command: StartPull) -> tuple[float, float]:
         self._transfer.submit([command])
-        event: PullFinished = self._await(PullFinished)
+        event: PullFinished = self.wait_for(PullFinished)
         if not event.ok:
             raise TransferError(event.error)
         return event.seconds, event.read_s
 
-    def await_lease_end(self) -> None:
-        self._await(LeaseEnded)
-
-    def _await(self, kind: type) -> Any:
+    def wait_for(self, kind: type) -> Any:
         while self._woken.wait(_TIMEOUT_S):
             # Clear first, so that an event that arrives during the loop wakes the next turn.
             self._woken.clear()
@@ -325,6 +302,16 @@ class Rank:
                 if isinstance(event, kind):
                     return event
         raise TransferError(f"no {kind.__name__} within {_TIMEOUT_S:g} s")
+
+
+_rank = Rank()  # the one rank of a child process
+
+
+def _call(role: Role, method: str, *arguments: object) -> Any:
+    try:
+        return getattr(_rank, method)(*arguments)
+    except Exception as error:  # Not every exception can be sent to the parent.
+        raise TransferError(f"{role}: {error}") from None
 
 
 def main() -> None:

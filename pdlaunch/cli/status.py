@@ -27,7 +27,7 @@ from pdlaunch.launch.client.api import Api, read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.bottleneck import bottleneck_line
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus, Percentiles
+from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, Percentiles
 
 UNKNOWN = "-"
 NUM_EVENTS = 10
@@ -138,7 +138,17 @@ def deployment_view(
     headings = fitting(engines, headings, width, _SPARE_OF_ENGINES)
     yield make_table(engines, headings, None if room is None else max(2, room - num_others))
     yield from (line(text, "red") for text in problems)
-    if pairs := [_pair_cells(pair) for pair in found.pairs]:
+    pairs = [
+        {
+            "pair": f"{pair.prefill} -> {pair.decode}",
+            "path": pair.path,
+            "speed": amount(pair.shown_gigabytes_per_s, "GB/s"),
+            "rate": amount(pair.pulls.bytes_per_s, "B/s"),
+            "moved": amount(pair.pulls.num_bytes, "B"),
+        }
+        for pair in found.pairs
+    ]
+    if pairs:
         yield make_table(pairs, fitting(pairs, _PAIRS, width, ("moved", "path", "rate")), quarter)
     yield line(escape_controls(bottleneck_line(found.bottleneck)))
     if found.routes:
@@ -167,16 +177,6 @@ def _engine_cells(engine: EngineStatus) -> dict[str, Any]:
         "kv": _percent(reading.kv_usage if reading else None),
         "host_kv": _percent(reading.host_usage if reading else None),
         "rate": amount(reading.pulls.bytes_per_s if reading else None, "B/s"),
-    }
-
-
-def _pair_cells(pair: PairStatus) -> dict[str, Any]:
-    return {
-        "pair": f"{pair.prefill} -> {pair.decode}",
-        "path": pair.path,
-        "speed": amount(pair.shown_gigabytes_per_s, "GB/s"),
-        "rate": amount(pair.pulls.bytes_per_s, "B/s"),
-        "moved": amount(pair.pulls.num_bytes, "B"),
     }
 
 

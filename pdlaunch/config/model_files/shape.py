@@ -210,7 +210,12 @@ def read_outline(directory: Path, weight_bytes: int | None = None) -> ModelShape
     family = FAMILIES.get(str(told.get("model_type")), _ANY)
     told = {key: value for key, value in family.defaults.items() if value is not None} | told
     try:
-        outline = outline_of(told, _size_of_weights(directory) or weight_bytes)
+        if (index := directory / INDEX).is_file():
+            weight_bytes = int(read_json(index)["metadata"]["total_size"]) or weight_bytes
+        else:
+            num_bytes = sum(file.stat().st_size for file in directory.glob(WEIGHTS))
+            weight_bytes = num_bytes or weight_bytes
+        outline = outline_of(told, weight_bytes)
         latent = told.get("kv_lora_rank")
         # Leave out windows: the outline describes the KV of each layer.
         config = _ANY.defaults | told | {"layer_types": None, "sliding_window": None}
@@ -218,13 +223,6 @@ def read_outline(directory: Path, weight_bytes: int | None = None) -> ModelShape
     except (ConfigError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
     return replace(shape, is_latent=bool(latent), outline=outline)
-
-
-def _size_of_weights(directory: Path) -> int | None:
-    """Return the bytes of the weights, from their index or the local files; None if unknown."""
-    if (index := directory / INDEX).is_file():
-        return int(read_json(index)["metadata"]["total_size"])
-    return sum(file.stat().st_size for file in directory.glob(WEIGHTS)) or None
 
 
 def keeps_state(directory: Path) -> bool:
