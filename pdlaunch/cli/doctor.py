@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import psutil
@@ -50,14 +49,6 @@ _FAILED = (
 )
 
 
-class AskedAt(NamedTuple):
-    """Where to call an engine: at its URL, or through the admin socket of its launch."""
-
-    url: str
-    prefix: str = ""
-    name: str = ""  # the engine's name at the router that lists it
-
-
 def doctor(
     routers: list[str] | None = typer.Argument(
         None,
@@ -94,14 +85,11 @@ def doctor(
             _require_url(f"--{role}", url)
         if not (routers or named):
             routers = [_own_launch()]
-        listed, reported_pairs, doors = asyncio.run(_deployments_of(routers or ()))
-        urls = list(dict.fromkeys([*named, *listed]))
+        asked = examine(routers or (), named, key, sends_canaries=canary, is_exact=exact)
+        seen = asyncio.run(asked)
     except ConfigError as error:
         refuse_input(error, output)
-    # Engines that only a router lists get no key: the router could list any server.
-    keys = {url: key for _, url in named if key}
-    seen = asyncio.run(examine(urls, keys, doors, sends_canaries=canary, is_exact=exact))
-    print_report(judge(replace(seen, reported_pairs=reported_pairs)), output, strict=strict)
+    print_report(judge(seen), output, strict=strict)
 
 
 def _require_url(name: str, url: str) -> None:
@@ -125,38 +113,6 @@ def _own_launch() -> str:
     return urls[0]
 
 
-async def _deployments_of(
-    routers: Sequence[str],
-) -> tuple[list[tuple[Role, str]], dict[str, tuple[str, str]], dict[str, AskedAt]]:
-    """Return the engines and pairs that routers list, and where to call engines of this user's
-    launches, which refuse direct callers. Raises ConfigError.
-    """
-    found: list[tuple[Role, str]] = []
-    reported_pairs: dict[str, tuple[str, str]] = {}
-    doors: dict[str, AskedAt] = {}
-    for url in routers:
-        own = own_launches(url) if url.startswith("http") else []
-        socket_url = f"{UNIX}{own[0].admin_socket}" if own else None
-        api = EngineApi(socket_url or url)  # without the key, which is for engines
-        try:
-            engines, pairs = await api.deployment(ASK_TIMEOUT_S)
-            reported_pairs |= pairs
-            for role_name, engine, name in engines:
-                role = next((role for role in ROLES if role == role_name), None)
-                if role is None:
-                    raise ProtocolError(f"it lists an engine of role {role_name[:100]}")
-                found.append((role, engine))
-                prefix = f"/pdlaunch/engines/{quote(name, safe='')}" if socket_url else ""
-                doors[engine] = AskedAt(socket_url or engine, prefix, name)
-        except ProtocolError as error:
-            why = f"not a router of this pdlaunch: {error}"
-            fix = "name engines with --prefill and --decode: engines do not report their role"
-            raise ConfigError(why, field="URL", value=url, fix=fix) from None
-        finally:
-            await api.close()
-    return found, reported_pairs, doors
-
-
 def judge(seen: SeenDeployment) -> Report:
     """Apply the rules for running engines."""
     config = LaunchConfig.model_validate({"engine": "vllm"})
@@ -169,34 +125,61 @@ def judge(seen: SeenDeployment) -> Report:
 
 
 async def examine(
-    urls: Sequence[tuple[Role, str]],
-    keys: Mapping[str, str],
-    doors: Mapping[str, AskedAt],
+    routers: Sequence[str],
+    named: Sequence[tuple[Role, str]],
+    key: str | None,
     *,
     sends_canaries: bool,
     is_exact: bool,
 ) -> SeenDeployment:
-    """Query all engines at the same time, then send a canary through each pair in turn. ``keys``
-    and ``doors``: URL of an engine -> its key, and where to call it.
+    """Query the engines that are named or that routers list at the same time, then send a canary
+    through each pair in turn. Raises ConfigError.
     """
-    places = {url: doors.get(url, AskedAt(url)) for _, url in urls}
+    asked = dict.fromkeys(named)
+    # Engines that only a router lists get no key: the router could list any server.
+    keys = {url: key for _, url in named}
+    labels, reported_pairs = dict[str, str](), dict[str, tuple[str, str]]()
     async with contextlib.AsyncExitStack() as stack:
         apis: dict[str, EngineApi] = {}
-        for url, door in places.items():
-            apis[url] = EngineApi(door.url, keys.get(url), prefix=door.prefix)
-            stack.push_async_callback(apis[url].close)
-        engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
-        named = (replace(each, label=places[each.url].name) for each in engines)
-        seen = SeenDeployment(tuple(named), None)
+
+        def opened(url: str, key: str | None = None, prefix: str = "") -> EngineApi:
+            api = EngineApi(url, key, prefix=prefix)
+            stack.push_async_callback(api.close)
+            return api
+
+        for url in routers:
+            own = own_launches(url) if url.startswith("http") else []
+            # Engines of this user's launches refuse direct callers.
+            socket_url = f"{UNIX}{own[0].admin_socket}" if own else None
+            try:
+                listed, pairs = await opened(socket_url or url).deployment(ASK_TIMEOUT_S)
+                for role_name, engine, name in listed:
+                    role = next((role for role in ROLES if role == role_name), None)
+                    if role is None:
+                        raise ProtocolError(f"it lists an engine of role {role_name[:100]}")
+                    asked[role, engine], labels[engine] = None, name
+                    prefix = f"/pdlaunch/engines/{quote(name, safe='')}" if socket_url else ""
+                    apis[engine] = opened(socket_url or engine, keys.get(engine), prefix)
+            except ProtocolError as error:
+                why = f"not a router of this pdlaunch: {error}"
+                fix = "name engines with --prefill and --decode: engines do not report their role"
+                raise ConfigError(why, field="URL", value=url, fix=fix) from None
+            reported_pairs |= pairs
+        for url in keys:
+            if url not in apis:
+                apis[url] = opened(url, key)
+        engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in asked))
+        labelled = (replace(each, label=labels.get(each.url, "")) for each in engines)
+        seen = SeenDeployment(tuple(labelled), None, reported_pairs)
         if not sends_canaries:
             return seen
         # One canary at a time: simultaneous READs would share a link and look slow.
-        pairs = [
+        proven = [
             await _prove(prefill, decode, apis, is_exact=is_exact)
             for prefill in seen.of("prefill")
             for decode in seen.of("decode")
         ]
-        return replace(seen, pairs=tuple(pairs))
+        return replace(seen, pairs=tuple(proven))
 
 
 async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
