@@ -34,7 +34,7 @@ import psutil
 
 from benchmarks.router_cost import held_ports, quantiles_ms, running
 from pdlaunch.api import load_config
-from pdlaunch.config.model_files.identity import text_digests
+from pdlaunch.config.model_files.weights import text_digests
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.launch.client.api import Api

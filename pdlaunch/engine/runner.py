@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.identity import model_digest, refuse_changes, weight_digests
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
+from pdlaunch.config.model_files.weights import model_digest, refuse_changes, weight_digests
 from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.pools import (

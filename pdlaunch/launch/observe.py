@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import refuse_changes
+from pdlaunch.config.model_files.weights import refuse_changes
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.events import Event, FolderLost, StopRequested
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited

@@ -12,7 +12,7 @@ from typing import cast
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import only_text
+from pdlaunch.config.model_files.weights import only_text
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import with_peers
 from pdlaunch.launch.events import Event

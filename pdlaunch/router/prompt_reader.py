@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import changes, text_digests, text_files
+from pdlaunch.config.model_files.weights import changes, text_digests, text_files
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.engine.server.text import TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, OverloadedError, RequestError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pdlaunch.config.model_files.identity import weight_digests
+from pdlaunch.config.model_files.weights import weight_digests
 from pdlaunch.engine.memory.pools import TAGS, MemoryPools
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner, left_for_cache

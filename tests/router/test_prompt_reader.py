@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.config.model_files.identity import text_digests
+from pdlaunch.config.model_files.weights import text_digests
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.protocol.control import Capabilities, Registry

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.http_names import is_loopback, url_of
-from pdlaunch.config.model_files.identity import refuse_changes
+from pdlaunch.config.model_files.weights import refuse_changes
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.generate import generate
 from pdlaunch.engine.server.rank_link import RankLink

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.identity import refuse_changes, text_digests
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
+from pdlaunch.config.model_files.weights import refuse_changes, text_digests
 from pdlaunch.engine.server.structured import show_tools
 from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, RequestError

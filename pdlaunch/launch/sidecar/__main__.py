@@ -24,7 +24,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
-from pdlaunch.config.model_files.identity import changes, model_digest
+from pdlaunch.config.model_files.weights import changes, model_digest
 from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.http.canary import FIRST_TOKEN_ID
 from pdlaunch.http.engine_calls import (

@@ -18,7 +18,7 @@ import msgspec
 
 import pdlaunch
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.config.model_files.identity import (
+from pdlaunch.config.model_files.weights import (
     changes,
     model_digest,
     named_digests,

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pdlaunch.config.model_files.identity import sampled_digests
 from pdlaunch.config.model_files.shape import INDEX, read_model_shape
-from pdlaunch.config.model_files.weights import check_files, weight_files
+from pdlaunch.config.model_files.weights import check_files, sampled_digests, weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import EMPTY_SAFETENSORS, safetensors, write_weights
 

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.model_files.weights import changes, model_digest, weight_digests, weight_files
 from pdlaunch.errors import ConfigError
 from tests.engine.models.tiny import COMMON, CONFIGS, loader_of, save_tiny_model
 

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 import pdlaunch
-from pdlaunch.config.model_files.identity import changes, model_digest
+from pdlaunch.config.model_files.weights import changes, model_digest
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.engine import (
     EngineOutput,
