@@ -253,13 +253,15 @@ class Relay:
         attempt, prompt, state = self._num_decode_attempts, self._prompt, self._state
         self._num_decode_attempts += 1
         is_vllm, continuation = engine.capabilities.is_vllm, self._after_first_token
+        extra, lease = dict[str, Any](), None
         if self._must_resume:
             state.metrics.count("migrations")
             logger.info("continues at %s after %d tokens", engine.name, self.transcript.num_tokens)
             continuation = await self._continuation(engine) if is_vllm else None
-        extra = self._extra(engine)
-        params = extra.get("kv_transfer_params", {})
-        lease = self._lease if params.get("do_remote_prefill") else None
+            extra = {} if is_vllm else {"resume": self.transcript.resume_field()}
+        elif self._lease is not None and (params := self._lease.decode_params(engine)) is not None:
+            extra = {"kv_transfer_params": params}
+            lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
             self._pulls_from = lease.engine
             self._record.known.kv_path = state.pool.path(lease.engine, engine)
@@ -300,15 +302,6 @@ class Relay:
             return await begin_continuation(prompt, self.transcript, detokenize, limit)
         except LookupError as error:
             raise self._lost(engine, str(error.args[0])) from error
-
-    def _extra(self, engine: Engine) -> dict[str, Any]:
-        if self._must_resume:
-            is_vllm = engine.capabilities.is_vllm
-            return {} if is_vllm else {"resume": self.transcript.resume_field()}
-        if self._lease is None:
-            return {}
-        params = self._lease.decode_params(engine)
-        return {} if params is None else {"kv_transfer_params": params}
 
     async def _relay(
         self,
