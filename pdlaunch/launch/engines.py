@@ -69,7 +69,6 @@ class NativeEngine:
         return (*ranks, server)
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Return True for decode ranks, whose handshakes prove the paths to prefill engines."""
         return process.kind == "rank" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
@@ -172,7 +171,6 @@ class VllmEngine:
         return (executable, "serve", model, *_as_arguments(flags | args))
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Return True for sidecars of decode engines, which send canaries to prefill engines."""
         return process.kind == "server" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:

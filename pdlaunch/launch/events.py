@@ -77,8 +77,6 @@ class SignalInbox:
 
 @dataclass(eq=False)
 class EventQueue:
-    """Waits for the events of a launch."""
-
     host: LocalHost
     signals: SignalInbox
     lifeline: int | None = None  # a pipe that ends when the process that started the launch is gone

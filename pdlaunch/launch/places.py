@@ -89,7 +89,6 @@ class EnginePlaces:
     # Pairs
 
     def judged(self, pair: PairReady) -> PairReady:
-        """Return a measured pair with ``slow`` set to the findings of the transport rules."""
         prefill, decode = (self._placed(engine_of_rank(end)) for end in (pair.peer, pair.local))
         measured = transport_of(pair, prefill, decode)
         rules = [rule for rule in self.kind.rules() if "transport" in rule.needs]

@@ -1,7 +1,5 @@
 """Holds the desired and the observed state of a launch, which ``reconcile`` compares."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -27,8 +25,6 @@ ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Holds the supervisor's time limits, in seconds."""
-
     startup_timeout_s: float = 600.0
     drain_s: float = 30.0  # time to finish running requests
     router_stop_s: float = 1.5  # time for the router to end running requests before engines stop
@@ -45,7 +41,7 @@ class Timing:
     def heartbeat_s(self) -> float:
         return self.hang_timeout_s / HEARTBEATS
 
-    def silence_s(self, process: Instance) -> float:
+    def silence_s(self, process: "Instance") -> float:
         """Return the longest allowed silence; a sleeping process may be loading its weights."""
         if process.sleep_state == "awake":
             return self.hang_timeout_s
@@ -187,8 +183,6 @@ class Goal:
 
 @dataclass(slots=True)
 class EngineChange:
-    """A checked change of the engines, and its progress."""
-
     resolved: ResolvedLaunch  # the launch after the change
     starts: Sequence[PlacedEngine]
     planned: control.PlannedChange  # the change as it is shown to users
@@ -367,8 +361,6 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class SendSignal:
-    """Send a signal to a process and all processes that it has started."""
-
     process: str
     number: int
 

@@ -58,8 +58,6 @@ class LaunchStatus:
 
 
 class Observer(Protocol):
-    """Shows a user what happens to a launch."""
-
     def changed(self, status: LaunchStatus) -> None:
         """Show a new status; called after each change."""
 

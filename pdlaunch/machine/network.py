@@ -85,8 +85,6 @@ _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Describes a listening TCP socket of this process."""
-
     fd: int
     address: str
     port: int

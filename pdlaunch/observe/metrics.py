@@ -105,7 +105,6 @@ class RequestMetrics(Collector):
         self._finished.labels(*self._values, reason).inc()
 
     def failed(self, status: int) -> None:
-        """Count a request that was answered with an error; 499: the client went away."""
         self._failed.labels(*self._values, str(status)).inc()
 
     def sent(self, num_tokens: int, gap_s: float | None = None) -> None:
@@ -138,8 +137,6 @@ class RequestMetrics(Collector):
 
 
 class RequestClock:
-    """Measures the latencies of one HTTP request and reports them to the metrics."""
-
     def __init__(
         self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
     ) -> None:

@@ -10,8 +10,6 @@ process that called it places the spans of the report on its own clock::
 So no two clocks are compared. The error is at most half of the time spent in transit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +44,7 @@ class Span(msgspec.Struct):
     def duration_s(self) -> float:
         return self.end_at - self.start_at
 
-    def moved(self, by_s: float, process: str) -> Span:
+    def moved(self, by_s: float, process: str) -> "Span":
         """Return the span shifted by ``by_s`` seconds, for a caller that names us ``process``."""
         return Span(
             self.name,
@@ -111,7 +109,6 @@ class SpanLog:
     def take(
         self, report: SpanReport, *, sent_at: float, received_at: float, process: str = ""
     ) -> None:
-        """Add the spans that ``process`` reported with its answer."""
         placed = report.placed(sent_at, received_at, process)
         # More than ``MAX_SPANS``: each rank of a TP group reports its READs to the same log.
         num_fitting = max(0, MAX_SPANS * 4 - len(self.spans))

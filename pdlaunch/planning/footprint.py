@@ -37,7 +37,6 @@ class Footprint:
 
     @property
     def kv_bytes(self) -> int:
-        """Return the bytes of the rank's KV cache; ``min_kv_bytes`` if its size is not known."""
         return self.min_kv_bytes if self.kv_cache_bytes is None else self.kv_cache_bytes
 
     @property

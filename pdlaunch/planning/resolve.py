@@ -1,7 +1,5 @@
 """Resolves settings, machines and shapes of models into a ``ResolvedLaunch``."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +22,6 @@ from pdlaunch.planning.roles import PlacedEngine, Places, place_roles
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """Describes an address on which the router or an engine listens."""
-
     name: str
     host: str
     port: int
@@ -35,8 +31,6 @@ class ListenAddress:
 
 @dataclass(frozen=True)
 class ResolvedLaunch:
-    """Holds the settings of a launch and all values derived from them."""
-
     config: LaunchConfig
     # The supervisor's host, which also runs the router, is the first
     hosts: tuple[ResolvedHost, ...]
@@ -44,7 +38,7 @@ class ResolvedLaunch:
     by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
     engines: tuple[PlacedEngine, ...]  # ordered by role as in ``ROLES``, then by index
     # The whole launch, if this is the part of it on one host; otherwise None
-    whole: ResolvedLaunch | None = None
+    whole: "ResolvedLaunch | None" = None
     engine_reason: str = ""  # the kind of engine that ``auto`` chose, and why
 
     @cached_property
@@ -71,14 +65,13 @@ class ResolvedLaunch:
 
     @property
     def peers(self) -> Mapping[Role, RoleEngines]:
-        """Return the engines of each role in the whole launch."""
         return (self.whole or self).roles
 
     @property
     def has_pair(self) -> bool:
         return self.peers.keys() >= set(PAIR)
 
-    def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
+    def on_host(self, host: ResolvedHost) -> "ResolvedLaunch":
         """Return the part of this launch that runs on a host, for the rules about machines."""
         here = {host.name: self.by_host.get(host.name, {})}
         engines = tuple(
@@ -131,7 +124,7 @@ class ResolvedLaunch:
             if engines.model.pending and engines.model.on_hub:
                 raise not_cached(engines.model.name, engines.settings.revision)
 
-    def after_conversion(self) -> ResolvedLaunch:
+    def after_conversion(self) -> "ResolvedLaunch":
         """Return the launch with the shapes of converted models. Raises ConfigError."""
         launch = self
         if any(engines.model.pending for engines in self.roles.values()):
@@ -145,11 +138,11 @@ class ResolvedLaunch:
 
     def with_engines(
         self, places: Places, models: Mapping[Role, Model] | None = None
-    ) -> ResolvedLaunch:
+    ) -> "ResolvedLaunch":
         config = with_replicas(self.config, Counter(role for role, _ in places))
         return resolve_on(config, self.hosts, self.environ, models, places)
 
-    def with_host(self, known: ResolvedHost) -> ResolvedLaunch:
+    def with_host(self, known: ResolvedHost) -> "ResolvedLaunch":
         """Resolve again with new facts about a host. Engines keep their hosts and devices."""
         hosts = [known if host.name == known.name else host for host in self.hosts]
         return resolve_on(self.config, hosts, self.environ, places=self.places)

@@ -66,7 +66,6 @@ class RoleEngines:
 
     @cached_property
     def settings(self) -> EngineSettings:
-        """Return the settings of the role: its section over the top level, nothing derived."""
         return self.config.engine_settings(self.role)
 
     @cached_property
@@ -79,7 +78,6 @@ class RoleEngines:
 
     @cached_property
     def given_environ(self) -> Mapping[str, str]:
-        """Return the user's environment for a rank: the host's, overridden by ``env``."""
         return {**self.on.environ, **self.settings.env}
 
     @property
@@ -126,7 +124,6 @@ class RoleEngines:
 
     @property
     def block_size(self) -> int | None:
-        """Return the tokens in a KV block; None if vLLM chooses the size."""
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
 
@@ -199,7 +196,6 @@ class RoleEngines:
 
     @property
     def num_threads(self) -> int:
-        """Return the CPU threads of one rank, by default an even share of the host's cores."""
         share = max(1, self.machine.num_cpus // self.num_neighbours)
         return self.settings.num_threads or share
 

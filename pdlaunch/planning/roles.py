@@ -4,8 +4,6 @@ Engines are placed in the order ``prefill-0``, ``decode-0``, ``prefill-1`` and s
 two engines of a pair are likely to share a host.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +32,10 @@ class EnginePlace:
 
     host: str
     devices: tuple[int, ...] | None = None  # None: GPUs are assigned in turn
-    others: tuple[EnginePlace, ...] = ()  # places of its ranks on other hosts
+    others: tuple["EnginePlace", ...] = ()  # places of its ranks on other hosts
 
     @property
-    def nodes(self) -> tuple[EnginePlace, ...]:
+    def nodes(self) -> tuple["EnginePlace", ...]:
         return (self, *self.others)
 
 
@@ -98,11 +96,10 @@ class PlacedEngine:
     host: ResolvedHost
     engines: RoleEngines  # the role on this host
     device_indices: tuple[int, ...]  # the CUDA device of each rank on its host; empty on a CPU
-    others: tuple[PlacedEngine, ...] = ()  # its ranks on other hosts
+    others: tuple["PlacedEngine", ...] = ()  # its ranks on other hosts
 
     @property
-    def nodes(self) -> tuple[PlacedEngine, ...]:
-        """Return the engine's part on each of its hosts, in the order of ranks."""
+    def nodes(self) -> tuple["PlacedEngine", ...]:
         return (replace(self, others=()), *self.others)
 
     @property

@@ -5,8 +5,6 @@ The certificate of a launch is PEM text with its private key; all its processes 
 trust only this certificate and check no host name. Servers identify clients by the launch's token.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import ssl
@@ -73,11 +71,10 @@ class CertificateFiles(NamedTuple):
     keyfile: str | None
 
     @classmethod
-    def given(cls, certfile: str | None, keyfile: str | None) -> CertificateFiles | None:
+    def given(cls, certfile: str | None, keyfile: str | None) -> "CertificateFiles | None":
         return None if certfile is None else cls(certfile, keyfile)
 
     def context(self) -> ssl.SSLContext:
-        """Return the TLS context of a router. Raises ConfigError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_alpn_protocols(["http/1.1"])
         self.load(context)

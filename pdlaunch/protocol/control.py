@@ -125,8 +125,6 @@ class Progress(Message):
 
 
 class Ready(Message):
-    """Reports that the process can work."""
-
     model: dict[str, str] = {}  # file name -> digest of each file of the model that it has read
 
 
@@ -171,8 +169,6 @@ class PairSuspect(Message):
 
 
 class Failed(Message):
-    """Reports why the process is about to exit; ``error`` is a text for the user."""
-
     error: str
 
 

@@ -64,8 +64,6 @@ class RankUp(Message):
 
 
 class PullFailure(Message):
-    """Sent by a worker when a pull from a prefill engine has failed."""
-
     peer_engine: str  # ``prefill-0``
     error: str
 

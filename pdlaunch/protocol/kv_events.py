@@ -57,7 +57,6 @@ class HeldBlocks:
             self._keys[tier].update(keys[: max(0, room)])
 
     def num_held(self, keys: Sequence[int]) -> int:
-        """Return how many blocks at the start of a prompt the rank has."""
         device, host = self._keys["device"], self._keys["host"]
         if not host:
             return sum(1 for _ in takewhile(device.__contains__, keys))

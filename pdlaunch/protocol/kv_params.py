@@ -61,8 +61,6 @@ class RemoteKV(
 
 
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
-    """The value of our key ``pdlaunch`` in kv_transfer_params."""
-
     first_tokens: list[TokenOutput] = []  # one for each choice; set by the prefill engine
     # Set by a router that has already streamed the prefill engine's tokens to the client.
     first_token_sent: bool = False

@@ -152,8 +152,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bottleneck(msgspec.Struct, frozen=True, kw_only=True):
-    """The limit of a deployment, and the change that would help."""
-
     kind: BottleneckKind
     why: str
     advice: str = ""  # a command and its effect; empty: no change is needed

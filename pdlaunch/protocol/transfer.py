@@ -15,8 +15,6 @@ from pdlaunch.protocol.wire import Message
 
 
 class GrantLease(Message):
-    """Prefill: lease the blocks of a finished request to readers."""
-
     lease_id: LeaseId
     block_ids: list[list[int]]  # blocks of each group, from first_block_index on
     first_block_index: list[int]

@@ -17,8 +17,6 @@ class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Codec(Generic[M]):
-    """Encodes and decodes one channel's union of messages."""
-
     def __init__(self, union: object) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
         self._encoder = msgspec.msgpack.Encoder()

@@ -67,7 +67,6 @@ class AgentLease:
     timeout_s: float
 
     def renew(self, stamp: float) -> None:
-        """Restart the lease at ``stamp``, the time of a Beat that the supervisor has answered."""
         self.since_at = max(self.since_at, stamp)
 
     def silent_s(self, now: float) -> float | None:
@@ -83,8 +82,6 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """An agent is lost, and all processes on its host with it."""
-
     name: str
     reason: str
     # When the processes of a cut-off agent that still lives have ended, at the latest; None: they

@@ -21,8 +21,6 @@ _NUMBER = struct.Struct("<Q")
 
 
 class Join(Message):
-    """Asks to join; the first message of a session."""
-
     name: str  # name of the host
     address: str  # the host's address on the route to the supervisor
     machine: Machine
@@ -45,8 +43,6 @@ class Exited(Message):
 
 
 class Said(Message):
-    """Forwards a message of a process to the supervisor (control channel)."""
-
     name: str
     frame: bytes
 
@@ -57,8 +53,6 @@ class Printed(Message):
 
 
 class AgentRefused(Message):
-    """Refuses an agent, or ends its session."""
-
     reason: str
 
 
@@ -88,8 +82,6 @@ class Signal(Message):
 
 
 class Send(Message):
-    """Forwards a message of the supervisor to a process (control channel)."""
-
     name: str
     frame: bytes
 

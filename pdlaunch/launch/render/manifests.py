@@ -3,8 +3,6 @@
 Secrets are moved from the settings to a Secret: API keys, and variables that look like secrets.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -49,6 +47,27 @@ class PlacedSettings:
         return LaunchConfig.model_validate(
             {**self.settings, **{paths[name]: value for name, value in self.keys.items()}}
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PodOptions:
+    """Holds the options for the cluster that are not settings of the deployment."""
+
+    name: str
+    image: str
+    gpu_resource: str = "nvidia.com/gpu"
+    rdma_resource: str | None = None  # extended resource; each engine pod requests one
+    # PersistentVolumeClaims by mount folder.
+    claims: Mapping[str, str] | None = None
+    cache_claim: str | None = None  # an existing claim for ``/cache``; None: render a claim
+    cache_size: str = "20Gi"
+    leader_worker_set: bool = False  # for engines over several hosts
+    # Node label; each such engine alone gets the nodes with one value, such as one rack.
+    exclusive_topology: str = ""
+
+    def group_size(self, nnodes: int) -> int:
+        """Return the number of pods in a group of a LeaderWorkerSet; 1: in a StatefulSet."""
+        return nnodes if self.leader_worker_set or self.exclusive_topology else 1
 
 
 def machine_names(options: PodOptions, config: LaunchConfig) -> Machines:
@@ -163,27 +182,6 @@ OWN_PORTS = (32768, 60999)
 # Time besides the drain: the router ends requests, processes stop, late ones are killed.
 GRACE_S = 20
 _LLM_D_ROLES = {"prefill": "prefill", "decode": "decode", "both": "prefill-decode"}
-
-
-@dataclass(frozen=True, slots=True)
-class PodOptions:
-    """Holds the options for the cluster that are not settings of the deployment."""
-
-    name: str
-    image: str
-    gpu_resource: str = "nvidia.com/gpu"
-    rdma_resource: str | None = None  # extended resource; each engine pod requests one
-    # PersistentVolumeClaims by mount folder.
-    claims: Mapping[str, str] | None = None
-    cache_claim: str | None = None  # an existing claim for ``/cache``; None: render a claim
-    cache_size: str = "20Gi"
-    leader_worker_set: bool = False  # for engines over several hosts
-    # Node label; each such engine alone gets the nodes with one value, such as one rack.
-    exclusive_topology: str = ""
-
-    def group_size(self, nnodes: int) -> int:
-        """Return the number of pods in a group of a LeaderWorkerSet; 1: in a StatefulSet."""
-        return nnodes if self.leader_worker_set or self.exclusive_topology else 1
 
 
 @dataclass(frozen=True, slots=True)

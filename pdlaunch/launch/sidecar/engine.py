@@ -315,7 +315,6 @@ class EngineOutput:
             self._start = path.stat().st_size  # ignore the lines that are already there
 
     def cause(self) -> Cause | None:
-        """Return the error that ended the engine; None if no line shows a cause."""
         return find_cause(last_lines(self._path, self._start))
 
 

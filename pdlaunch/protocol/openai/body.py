@@ -147,7 +147,6 @@ def num_token_ids(raw: bytes, member: str, *, public: bool = True) -> int:
 
 
 def _member(raw: bytes, name: str) -> bytes:
-    """Return the JSON text of a member of an object, or nothing if it has no such member."""
     try:
         return bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(name, b""))
     except (ValueError, RecursionError):

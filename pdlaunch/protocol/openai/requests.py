@@ -7,10 +7,8 @@ The internal field ``resume`` continues an answer at another engine: ``{"choices
 of each choice so far. A choice is finished if its last token has a ``finish_reason``.
 """
 
-from __future__ import annotations
-
 import contextlib
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
@@ -27,8 +25,6 @@ def _as_list(value: object) -> object:
 
 
 class TextPart(RequestBody):
-    """One part of a message's content; only text is supported."""
-
     PLACE = "messages.content."
     HINTS = frozenset({"annotations", "cache_control"})
 
@@ -162,8 +158,6 @@ DEFAULT_MAX_TOKENS = 16  # of completions; OpenAI's default
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output tokens of each choice so far."""
-
     choices: list[list[TokenOutput]]
     # The client already has the role, text, logprobs and finish_reason of these tokens.
     sent: bool = True
@@ -292,7 +286,7 @@ class GenerationRequest(SamplingFields):
     prompt_token_ids: Annotated[list[int] | None, PlainValidator(_check_token_ids)] = None
 
     @model_validator(mode="after")
-    def _check_together(self) -> GenerationRequest:
+    def _check_together(self) -> Self:
         if self.is_remote_prefill:
             return self
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -324,12 +318,10 @@ class GenerationRequest(SamplingFields):
 
     @property
     def is_constrained(self) -> bool:
-        """Return True if the answer may have to match a grammar."""
         guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         return bool(self.response_format or self.structured_outputs) or guided != (None,) * 4
 
     def kv_transfer(self) -> KVTransferParams:
-        """Check and return ``kv_transfer_params``. Raises RequestError that names the key."""
         params = self.kv_transfer_params
         return KVTransferParams() if params is None else from_wire(params)
 
@@ -385,7 +377,7 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
-    def _check_echo(self) -> CompletionRequest:
+    def _check_echo(self) -> Self:
         if self.token_limit == 0 and not self.echo:
             raise RequestError(
                 "max_tokens must be 1 or more without echo: true, got 0", param="max_tokens"
@@ -440,7 +432,7 @@ class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
-    def _check_chat(self) -> ChatCompletionRequest:
+    def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
@@ -461,7 +453,6 @@ class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
 
     @property
     def _named(self) -> str | None:
-        """Return the name of the function that the answer must call."""
         with contextlib.suppress(LookupError, TypeError):
             return cast(str, self.tool_choice["function"]["name"])
         return None

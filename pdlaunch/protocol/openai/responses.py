@@ -1,7 +1,5 @@
 """Defines answers and stream chunks. The JSON leaves out fields that are ``UNSET``."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import msgspec
@@ -44,7 +42,7 @@ class TokenLogprob(msgspec.Struct, kw_only=True):
     token: str
     logprob: float
     bytes: list[int] | None = None
-    top_logprobs: list[TokenLogprob] | UnsetType = UNSET
+    top_logprobs: "list[TokenLogprob] | UnsetType" = UNSET
 
 
 class ChatLogprobs(msgspec.Struct, kw_only=True):

@@ -79,7 +79,6 @@ class EnginePorts:
 
 
 def _loopback_place(url: str) -> tuple[str, int] | None:
-    """Return host and port of a URL on loopback without TLS; None for other URLs."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port
     return (host, port) if parts.scheme == "http" and port and is_loopback(host) else None

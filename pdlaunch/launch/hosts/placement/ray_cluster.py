@@ -38,8 +38,6 @@ _NOTE_AFTER_S = 5.0  # Ray places a group within a second if it has room
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Describes the resources of one host, for an engine or one of its ``nnodes`` parts."""
-
     name: str  # the host's name in the launch: ``ray-prefill-0``
     role: Role
     num_cpus: int
