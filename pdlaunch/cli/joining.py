@@ -25,7 +25,7 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError, allowed_executables
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, Reported
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Lost, Reported
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import (
     JoinKeys,
@@ -182,7 +182,7 @@ def _joined(channel: AgentChannel, names: Sequence[str], timeout_s: float, advic
         select.select([channel.fileno()], [], [], left_s)
         for event in channel.take():
             match event:
-                case Joined(join=join):
+                case Join() as join:
                     joined[join.name] = joined_host(join)
                     say(f"{join.name} has joined from {join.address}")
                 case Lost(name=name, reason=reason):

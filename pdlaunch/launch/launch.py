@@ -20,7 +20,8 @@ from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import kind_of, plan_processes, python_command
 from pdlaunch.launch.events import EventQueue, SignalInbox
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Lost
+from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.places import EnginePlaces, findings_of, refuse_errors
@@ -166,10 +167,10 @@ def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
 
 
 def _on_host_change(
-    config: LaunchConfig, places: EnginePlaces, observer: Observer, event: Joined | Lost
+    config: LaunchConfig, places: EnginePlaces, observer: Observer, event: Join | Lost
 ) -> None:
     match event:
-        case Joined(join=join):
+        case Join() as join:
             settings = {host.name: host for host in config.hosts}[join.name]
             places.joined(settled(settings, joined_host(join)))
             text = f"{join.name} has joined again, from {join.address}"

@@ -2,7 +2,7 @@
 
 ::
 
-    Join ──▶ AgentWelcome ── Spawn, Signal, Send / Exited, Said, Printed, Beat ──▶ the end
+    Join ──▶ AgentWelcome ── Spawn, Signal, Send / ProcessExited, Said, .. ──▶   the end
       ▲                                                                        │
       └────── the session was lost, but the supervisor answers ◀───────────────┘
 
@@ -230,9 +230,7 @@ class AgentSession:
             self.note(f"{name} is not started: {error}")
             failed = Failed(error=f"{self.join.name} does not start it: {error}")
             self._send(messages.Said(name=name, frame=to_supervisor.encode(failed)))
-            self._send(
-                messages.Exited(name=name, incarnation=message.incarnation, returncode=_REFUSED)
-            )
+            self._send(ProcessExited(name, message.incarnation, _REFUSED))
             return
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
@@ -271,14 +269,7 @@ class AgentSession:
 
     def _report_end(self, host: LocalHost, gone: ProcessExited) -> None:
         self._send_log(host, gone.name, to_the_end=True)
-        self._send(
-            messages.Exited(
-                name=gone.name,
-                incarnation=gone.incarnation,
-                returncode=gone.returncode,
-                last_step=gone.last_step,
-            )
-        )
+        self._send(gone)
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:
         # If the log is absent or removed, the launch continues without it.

@@ -5,7 +5,7 @@ A thread owns the socket, so agents get beats even while the supervisor's loop i
 
 ::
 
-    Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or not connected ──▶ lost
+    Join ──▶ joined ── Beat, Said, .. ──▶ silent for 1.5 x timeout_s, or not connected ──▶ lost
        └──▶ refused
 
 ``ended_by`` computes when all processes of a lost agent have ended.
@@ -76,11 +76,6 @@ class AgentLease:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    join: messages.Join
-
-
-@dataclass(frozen=True, slots=True)
 class Lost:
     name: str
     reason: str
@@ -92,10 +87,10 @@ class Lost:
 @dataclass(frozen=True, slots=True)
 class Reported:
     name: str
-    message: messages.Said | messages.Exited
+    message: messages.Said | ProcessExited
 
 
-AgentEvent = Joined | Lost | Reported
+AgentEvent = messages.Join | Lost | Reported
 
 
 @dataclass(slots=True)
@@ -283,7 +278,7 @@ class AgentChannel:
                     f"--name, or, if its host has failed, join again in {wait_s:.0f} s"
                 )
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
-        self._emit(Joined(message))
+        self._emit(message)
         self._send(agent, messages.AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
 
     def _handle(self, agent: _Agent, message: messages.FromAgent) -> None:
@@ -298,7 +293,7 @@ class AgentChannel:
                     log.write(data)
             case messages.Leave(reason=reason):
                 self._lose(agent, reason, has_ended=True)
-            case messages.Said() | messages.Exited():
+            case messages.Said() | ProcessExited():
                 self._emit(Reported(agent.name, message))
             case messages.Join():
                 pass
@@ -315,7 +310,7 @@ class HostGroup(LocalHost):
         *,
         name: str,  # of this host
         channel: AgentChannel,
-        on_change: Callable[[Joined | Lost], None],
+        on_change: Callable[[messages.Join | Lost], None],
     ) -> None:
         super().__init__(control, log_dir, engine_ports)
         self._name = name
@@ -359,12 +354,12 @@ class HostGroup(LocalHost):
         return exits
 
     def messages(self) -> list[MessageReceived]:
-        messages, self._messages = self._messages, []
-        return [*messages, *super().messages()]
+        found, self._messages = self._messages, []
+        return [*found, *super().messages()]
 
     def _take_in(self, event: AgentEvent) -> None:
         match event:
-            case Joined():
+            case messages.Join():
                 self._on_change(event)
             case Lost(name=host, reason=reason):
                 self._on_change(event)
@@ -379,10 +374,9 @@ class HostGroup(LocalHost):
                 # An agent may report only the processes of its own host.
                 if spawned is None or spawned.spec.host != host:
                     logger.warning("%s reported on %r, which is not there", host, name[:80])
-                elif isinstance(message, messages.Exited):
+                elif isinstance(message, ProcessExited):
                     del self._spawned[name]
-                    end = message.incarnation, message.returncode
-                    self._exits.append(ProcessExited(name, *end, last_step=message.last_step))
+                    self._exits.append(message)
                 else:
                     try:
                         received = MessageReceived(name, to_supervisor.decode(message.frame))

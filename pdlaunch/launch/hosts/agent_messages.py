@@ -9,11 +9,11 @@ import struct
 
 from pdlaunch import __version__
 from pdlaunch.errors import ProtocolError
+from pdlaunch.launch.hosts.local import ProcessExited
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.host import EngineCommand
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.process.bootstrap import Bootstrap
-from pdlaunch.protocol.process.step_record import LastStep
 from pdlaunch.protocol.wire import Codec, Message
 
 VERSION = __version__.encode()
@@ -33,13 +33,6 @@ class Beat(Message):
 
     # Time on the agent's clock. The supervisor sends the last stamp back, 0 before the first.
     stamp: float = 0.0
-
-
-class Exited(Message):
-    name: str
-    incarnation: int
-    returncode: int
-    last_step: LastStep = LastStep()  # last step of its engine's ranks; empty for a server
 
 
 class Said(Message):
@@ -62,7 +55,7 @@ class Leave(Message):
     reason: str
 
 
-FromAgent = Join | Beat | Exited | Said | Printed | Leave
+FromAgent = Join | Beat | ProcessExited | Said | Printed | Leave
 
 
 class AgentWelcome(Message):

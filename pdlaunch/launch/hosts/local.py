@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +27,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.step_record import LastStep, new_step_record, read_step_record
+from pdlaunch.protocol.wire import Message
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +48,14 @@ class MessageReceived:
     message: ToSupervisor
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessExited:
-    """A process has ended; the rest of its process group is killed."""
+class ProcessExited(Message):
+    """A process has ended; the rest of its process group is killed. Agents send this, too."""
 
     name: str
     incarnation: int
     returncode: int  # exit code; negative: the signal that killed the process
     lost_with: str = ""  # the lost host and the reason; empty: the process itself was seen to end
-    last_step: LastStep = field(
-        default_factory=LastStep
-    )  # last step of a rank's engine; empty for other processes
+    last_step: LastStep = LastStep()  # last step of a rank's engine; empty for other processes
 
     @property
     def by_itself(self) -> bool:
@@ -195,11 +193,11 @@ class LocalHost:
         os.close(child.pidfd)
         if child.process.stdin is not None:
             child.process.stdin.close()
-        gone = ProcessExited(name, child.incarnation, returncode)
         # Rank 0 records the step of all ranks, whichever of them dies.
         engine, _, rank = name.partition("/")
         record = self._step_records.get(engine) if rank else None
-        return gone if record is None else replace(gone, last_step=read_step_record(record))
+        last_step = LastStep() if record is None else read_step_record(record)
+        return ProcessExited(name, child.incarnation, returncode, last_step=last_step)
 
     def messages(self) -> list[MessageReceived]:
         """Return the messages since the last call, oldest first."""

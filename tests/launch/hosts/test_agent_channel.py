@@ -23,7 +23,6 @@ from pdlaunch.launch.hosts.agent_channel import (
     AgentChannel,
     AgentEvent,
     HostGroup,
-    Joined,
     Lost,
     Reported,
 )
@@ -31,7 +30,6 @@ from pdlaunch.launch.hosts.agent_messages import (
     AgentRefused,
     AgentWelcome,
     Beat,
-    Exited,
     Join,
     Said,
     Session,
@@ -171,7 +169,7 @@ class Agent:
 def joined(channel: AgentChannel, keys: JoinKeys) -> Callable[..., Agent]:
     def join(**options: Any) -> Agent:
         agent = Agent(keys.ticket(channel.endpoint), **options)
-        assert isinstance(next_event(channel), Joined)
+        assert isinstance(next_event(channel), Join)
         agent.await_joined()
         return agent
 
@@ -191,7 +189,7 @@ class RawAgent:
 
     def join(self) -> None:
         self.say(HELLO)
-        assert isinstance(next_event(self._channel), Joined)
+        assert isinstance(next_event(self._channel), Join)
 
     def hear(self, kind: type) -> Any:
         while True:
@@ -215,7 +213,7 @@ def test_an_agent_joins_and_leaves_with_the_launch(
 ) -> None:
     with listening(keys, tmp_path, address) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
-        assert next_event(channel) == Joined(HELLO)
+        assert next_event(channel) == HELLO
     assert agent.end() == "the launch is over"
     assert agent.notes == ["joined as a"]
 
@@ -242,7 +240,7 @@ def test_without_the_secret_of_either_side_nobody_joins(
     )
     agent = Agent(mixed.ticket(channel.endpoint), wait_s=STRANGER_WAIT_S)
     admitted = Agent(keys.ticket(channel.endpoint), HELLO_OF_B)
-    assert next_event(channel) == Joined(HELLO_OF_B)
+    assert next_event(channel) == HELLO_OF_B
     agent.assert_refused("answered within")
     assert channel.take() == []
     admitted.stop()
@@ -281,7 +279,7 @@ def test_the_successor_of_a_dead_agent_need_not_wait(
     raw.close()
     agent = Agent(keys.ticket(channel.endpoint))
     assert isinstance(next_event(channel), Lost)
-    assert isinstance(next_event(channel), Joined)
+    assert isinstance(next_event(channel), Join)
     agent.stop()
 
 
@@ -510,7 +508,7 @@ def test_an_agent_speaks_for_the_processes_of_its_host_alone(
     group.spawn(spec, 1, bootstrap(name))
     step = LastStep(frozenset({7, 5}), frozenset({5}))
     said = Said(name=name, frame=to_supervisor.encode(Ready()))
-    exited = Exited(name=name, incarnation=1, returncode=-11, last_step=step)
+    exited = ProcessExited(name, 1, -11, last_step=step)
     channel._events += [Reported("b", said), Reported("b", exited)]
     channel._events.append(Reported("a", Said(name=name, frame=b"\xff")))
     assert (group.exits(), group.messages()) == ([], [])
