@@ -26,7 +26,7 @@ from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.places import EnginePlaces, findings_of, refuse_errors
 from pdlaunch.launch.state import Timing
-from pdlaunch.launch.status import Failure, Observer
+from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import settled
@@ -47,18 +47,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LaunchOutcome:
-    failure: Failure | None
     report: tuple[str, ...]  # the root cause in at most 20 lines; empty without a failure
-    was_ready: bool
-    stop_signal: int | None
-    survivors: tuple[str, ...] = ()  # processes that did not end in time after SIGKILL
-
-    @property
-    def exit_code(self) -> int:
-        """Return 0 after serving, 1 after a failure, 128 + signal if stopped before it served."""
-        if self.failure is not None or self.survivors:
-            return 1
-        return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
+    survivors: tuple[str, ...]  # processes that did not end in time after SIGKILL
+    exit_code: int  # 0 after serving, 1 after a failure, 128 + signal if stopped before it served
 
 
 def check_platform(platform: str = sys.platform) -> None:
@@ -132,7 +123,8 @@ def launch(
             logger.error("%s", line)
         survivors = tuple(process.name for process in seen.processes() if process.alive)
         stop_signal = supervisor.wanted.stop_signal
-        return LaunchOutcome(failure, report, seen.was_ready, stop_signal, survivors)
+        code = 0 if seen.was_ready or stop_signal is None else 128 + stop_signal
+        return LaunchOutcome(report, survivors, 1 if report or survivors else code)
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:

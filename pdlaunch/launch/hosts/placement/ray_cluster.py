@@ -50,19 +50,16 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": float(self.num_cpus)} | (
-            {"GPU": float(self.num_gpus)} if self.num_gpus else {}
-        )
+        gpus = {"GPU": float(self.num_gpus)} if self.num_gpus else {}
+        return {"CPU": float(self.num_cpus)} | gpus
 
 
 class AgentActor:
     """Holds the resources of a bundle and runs an agent; only public keys pass through Ray."""
 
-    def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
         self._keys = new_keys()
-        self._name = name
-        self._num_cpus = num_cpus
-        self._allowed = [word for each in executables for word in ("--allow-executable", each)]
         self._agent: subprocess.Popen[bytes] | None = None
 
     def state(self) -> tuple[str, bool]:
@@ -72,9 +69,10 @@ class AgentActor:
     def start(self, endpoint: str, server_public: str) -> None:
         """Start the agent. It ends when its standard input closes, and so with this actor."""
         self.stop()
+        name, cpus = self._bundle.name, str(self._bundle.num_cpus)
         command = [sys.executable, "-P", "-m", "pdlaunch", "agent", "--join", "-"]
-        command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
-        command += self._allowed
+        command += ["--name", name, "--cpus", cpus, "--stop-on-stdin-eof"]
+        command += [f"--allow-executable={each}" for each in self._bundle.executables]
         self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
         ticket = JoinTicket(endpoint=endpoint, server_public=server_public, keys=self._keys)
         assert self._agent.stdin is not None
@@ -226,7 +224,7 @@ def placed_actors(
                 scheduling_strategy=scheduling.PlacementGroupSchedulingStrategy(
                     placement_group=group, placement_group_bundle_index=index
                 ),
-            ).remote(bundle.name, bundle.num_cpus, bundle.executables)
+            ).remote(bundle)
             for index, bundle in enumerate(bundles)
         }
     finally:
