@@ -35,19 +35,14 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     finish_reason: str | None = None
 
 
+_VLLM_NAMES = {"lease_id": "remote_request_id", "tp_size": "tp_size"}
+
+
 class RemoteKV(
     msgspec.Struct,
     frozen=True,
     kw_only=True,
-    rename={
-        "engine_id": "remote_engine_id",
-        "lease_id": "remote_request_id",
-        "host": "remote_host",
-        "port": "remote_port",
-        "block_ids": "remote_block_ids",
-        "num_tokens": "remote_num_tokens",
-        "lease_s": "remote_lease_s",
-    },
+    rename=lambda name: _VLLM_NAMES.get(name, f"remote_{name}"),
 ):
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, _IS_ID]

@@ -2,8 +2,8 @@ import ctypes
 
 import pytest
 
-from pdlaunch.machine.cuda_driver import DriverError, load_library, read_gpus
 from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.machine.probe import DriverError, load_library, read_gpus
 
 ATTRIBUTES = {102: 1, 128: 1}
 

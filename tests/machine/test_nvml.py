@@ -8,9 +8,8 @@ from typing import Any
 import pynvml
 import pytest
 
-from pdlaunch.machine.cuda_driver import read_gpus
 from pdlaunch.machine.facts import Gpu
-from pdlaunch.machine.probe import with_free_memory
+from pdlaunch.machine.probe import read_gpus, with_free_memory
 
 A, B = "0000:19:00.0", "0000:3b:00.0"
 GPUS = (

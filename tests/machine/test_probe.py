@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.machine import probe
-from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.machine.facts import Gpu
 from pdlaunch.machine.host import has_native_bf16
 from pdlaunch.machine.network import probe_port
-from pdlaunch.machine.probe import probe_machine
+from pdlaunch.machine.probe import DriverError, probe_machine
 
 
 def test_this_machine() -> None:

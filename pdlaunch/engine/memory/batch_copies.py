@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.machine.cuda_driver import DriverError, load_library
+from pdlaunch.machine.probe import DriverError, load_library
 
 Addresses = npt.NDArray[np.uint64]
 

@@ -31,8 +31,8 @@ from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.engine.memory.driver import map_pages, touch_pages
 from pdlaunch.engine.offload.planner import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
 from pdlaunch.errors import ConfigError, TransferError
-from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.machine.host import memory_bytes
+from pdlaunch.machine.probe import DriverError
 from pdlaunch.protocol.side_channel import RegionPlace
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import Addresses, merge, pieces_of

@@ -94,9 +94,6 @@ class Tool(RequestBody):
         return {"type": self.type, "function": self.function.model_dump(exclude_none=True)}
 
 
-Tools = Annotated[list[Tool], Field(max_length=1024)]
-
-
 class ChatMessage(RequestBody):
     """One message. A client may send a message of an earlier answer back with all its members."""
 
@@ -145,11 +142,6 @@ def _check_size(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-Messages = Annotated[
-    list[ChatMessage], Field(min_length=1, max_length=4096), AfterValidator(_check_size)
-]
-
-
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
@@ -181,9 +173,7 @@ StopStrings = Annotated[
     Field(max_length=32),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
-]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Label = Annotated[str, Field(max_length=1024)]
 
 
@@ -263,7 +253,7 @@ class GenerationRequest(SamplingFields):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    logit_bias: LogitBias = {}
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_int_keys)] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     cache_salt: Label = ""
@@ -397,12 +387,14 @@ class CompletionRequest(GenerationRequest):
 class ChatTemplateFields(RequestBody):
     """The fields that the chat template receives, and how it is rendered."""
 
-    messages: Messages
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=4096), AfterValidator(_check_size)
+    ]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
-    tools: Tools = []
+    tools: Annotated[list[Tool], Field(max_length=1024)] = []
 
     @property
     def template_variables(self) -> dict[str, Any]:

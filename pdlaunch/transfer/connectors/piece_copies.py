@@ -16,7 +16,7 @@ import torch
 
 from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.errors import TransferError
-from pdlaunch.machine.cuda_driver import DriverError
+from pdlaunch.machine.probe import DriverError
 from pdlaunch.transfer.connectors.connector import Read, ReadState
 from pdlaunch.transfer.regions import Addresses, Pieces, merge
 
