@@ -1,6 +1,4 @@
-"""Sends one streamed completion of token ids, records when each token reached this client, and
-compares these times with goals.
-"""
+"""Sends a completion, records when its tokens came, and compares the times with goals."""
 
 import math
 import os

@@ -1,6 +1,4 @@
-"""Probes ports, weights, executables and packages. Defines the probed facts that rules read; they
-include measured pairs and engines that already run.
-"""
+"""Probes facts for rules; declares them and those of measured pairs and running engines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

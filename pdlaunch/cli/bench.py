@@ -181,9 +181,8 @@ def serve(
             **{name: value for name, value in asked.items() if value is not None},
         )
         with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(
-                Console(stderr=True).status("starting the deployment")
-            ).update
+            shown = Console(stderr=True).status("starting the deployment")
+            progress = stack.enter_context(shown).update
             if url is None:
                 deployment = stack.enter_context(launched(loaded))
                 url = deployment.url
@@ -251,8 +250,7 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
 
 def refuse_given(options: Mapping[str, object], why: str) -> None:
     """Raise typer's BadParameter if any of these options (name -> value) was given."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
+    if given := [name for name, value in options.items() if value is not None]:
         raise typer.BadParameter(f"{', '.join(given)}: {why}")
 
 

@@ -1,6 +1,4 @@
-"""``pdlaunch check-config`` finds faults of a deployment before it runs; ``pdlaunch explain`` shows
-why a rule exists, and how to fix its findings.
-"""
+"""``pdlaunch check-config`` finds faults of a deployment; ``explain`` describes a rule."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""Commands for the engines of a running deployment: ``sleep``, ``wake``, ``restart``, ``drain``,
-``undrain``, ``scale`` and ``role``.
-"""
+"""Commands for the engines of a running deployment, such as ``sleep``, ``restart``, ``scale``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,10 +151,8 @@ def scale(
     for text in wanted:
         role, _, number = text.partition("=")
         if role not in ROLES or not number.isdecimal() or role in replicas:
-            raise typer.BadParameter(
-                f"{text[:80]!a}: write ROLE=NUMBER, each role of {', '.join(ROLES)} at most once",
-                param_hint="ROLE=NUMBER",
-            )
+            form = f"write ROLE=NUMBER, each role of {', '.join(ROLES)} at most once"
+            raise typer.BadParameter(f"{text[:80]!a}: {form}", param_hint="ROLE=NUMBER")
         replicas[role] = int(number)
     fields = {"replicas": replicas, "dry_run": dry_run, "drain_timeout_s": drain_timeout}
     _command_launch(url, admin_api_key, "scale", fields)
@@ -221,10 +217,8 @@ def _command_launch(
             print_line(f"{name} stops: {number} running")
         if change.stops:
             first = "before others start" if change.stops_first else "last"
-            print_line(
-                f"Engines stop {first}; their running requests get up to {change.drain_s:g} s, "
-                "then continue at other engines."
-            )
+            left = f"their running requests get up to {change.drain_s:g} s"
+            print_line(f"Engines stop {first}; {left}, then continue at other engines.")
         counts = ", ".join(f"{number} {role}" for role, number in change.replicas.items() if number)
         verb = "would be" if dry_run or outcome.error else "is"
         print_line(f"The launch {verb} {counts}.")

@@ -144,11 +144,9 @@ with_router_flags = partial(_with_flags, lambda flag: flag.panel == ROUTER or fl
 
 def refuse_address(flags: Mapping[str, object]) -> None:
     """Raise typer's BadParameter for --host or --port of a deployment that a command starts."""
-    given = [flag_name(path) for path in ("host", "port") if path in flags]
-    if given:
-        raise typer.BadParameter(
-            f"{', '.join(given)}: this command's deployment listens on a free port of 127.0.0.1"
-        )
+    if given := [flag_name(path) for path in ("host", "port") if path in flags]:
+        why = "this command's deployment listens on a free port of 127.0.0.1"
+        raise typer.BadParameter(f"{', '.join(given)}: {why}")
 
 
 def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:
@@ -181,9 +179,8 @@ def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:
     if target.lower().endswith(CONFIG_ENDINGS):
         return Path(target)
     if "model" in flags:
-        raise typer.BadParameter(
-            f"the model is given twice: {target} and --model {flags['model']}; leave one out"
-        )
+        both = f"{target} and --model {flags['model']}"
+        raise typer.BadParameter(f"the model is given twice: {both}; leave one out")
     flags["model"] = target
     return None
 

@@ -1,5 +1,4 @@
-"""Writes the HTML reports of ``bench serve --report`` and ``verdict``: a single file each, with
-its style and without scripts (``report.html``).
+"""Writes the HTML reports of ``bench serve --report`` and ``verdict``, each a single file.
 
 Users pass reports on, so a report contains no prompts, no answers and no details of errors.
 """

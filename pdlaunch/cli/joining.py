@@ -1,8 +1,4 @@
-"""Finds the hosts of a launch through a scheduler or through agents that join.
-
-Each agent reports the facts of its host. ``pdlaunch agent`` runs processes on this host for a
-supervisor on another one.
-"""
+"""Finds the hosts of a launch by a scheduler or by agents that join; and ``pdlaunch agent``."""
 
 import contextlib
 import os

@@ -1,8 +1,4 @@
-"""``pdlaunch serve``: check, plan, start, and serve until a signal.
-
-``ServeView`` shows the start, how to use the launch once it is ready, then events, and every ten
-seconds a line with the rates of the deployment.
-"""
+"""``pdlaunch serve``: check, plan, start, and serve until a signal; and what it shows meanwhile."""
 
 import contextlib
 import os

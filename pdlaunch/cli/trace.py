@@ -1,11 +1,4 @@
-"""``pdlaunch trace`` shows the spans of requests.
-
-::
-
-    prefill-0/rank-0
-      queue                    ╸                                       0.2 ms
-      prefill 512 tokens       ███████████████████████              6436.3 ms
-"""
+"""``pdlaunch trace`` shows the spans of requests, process by process, as bars over their time."""
 
 import sys
 
@@ -55,9 +48,8 @@ def trace(
         if request_id is None:
             ids = [one.id for one in read_requests(api, choice, slowest or failed or 1)]
         if not ids:
-            raise PdlaunchError(
-                "no request has failed" if failed else "the router has served no request yet"
-            )
+            why = "no request has failed" if failed else "the router has served no request yet"
+            raise PdlaunchError(why)
         traces = [read_trace(api, one) for one in ids]
     console = Console(highlight=False)
     for each in traces:

@@ -1,7 +1,4 @@
-"""Host names in settings, and URLs of servers that listen on a host and port.
-
-Lists of host names are YAML lists, or texts with commas in flags and variables.
-"""
+"""Host names in settings, and URLs of servers that listen on a host and port."""
 
 import ipaddress
 import re

@@ -1,7 +1,4 @@
-"""Predicts the goodput of an arm by a simulation of its steps with the figures of single engines.
-
-A step computes the next token of each stream and a chunk of the waiting prompts.
-"""
+"""Predicts the goodput of an arm: simulates its steps with the figures of single engines."""
 
 import heapq
 import math
@@ -58,7 +55,7 @@ def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
 
 
 class _Engine:
-    """Simulates the steps of one engine."""
+    """Simulates steps: each computes a token of each stream and a chunk of the waiting prompts."""
 
     def __init__(self, figures: EngineFigures, tokens_at: list[list[float]]) -> None:
         self._figures, self._tokens_at = figures, tokens_at

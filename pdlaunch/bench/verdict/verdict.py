@@ -120,16 +120,12 @@ def _verdict(
         known = f"; {next(iter(said.values()))} within the SLO" if said else ""
         return "unknown", f"No verdict: both kinds must be measured{known}."
     together, split = measured[best["aggregated"]], measured[best["split"]]
+    best_split = f"the best split, {best['split']}, gives {split}"
     if is_sure(together, split):
-        return "aggregated", (
-            f"Stay aggregated: {said['aggregated']} within your SLO; the best split, "
-            f"{best['split']}, gives {split}."
-        )
+        return "aggregated", f"Stay aggregated: {said['aggregated']} within your SLO; {best_split}."
     if is_sure(split, together):
-        return "split", (
-            f"Split: {said['split']} within your SLO; the best aggregated, "
-            f"{best['aggregated']}, gives {together}."
-        )
+        other = f"the best aggregated, {best['aggregated']}, gives {together}"
+        return "split", f"Split: {said['split']} within your SLO; {other}."
     failed = [name for name in best.values() if measured[name].bound == "less than"]
     if failed:
         lowest = min(failed, key=lambda name: measured[name].rate)
@@ -138,13 +134,12 @@ def _verdict(
             f"lowest was {measured[lowest].rate:.3g} requests/s (limited by: {limits[lowest]})."
         )
     if together.bound and split.bound:
-        return "unknown", (
-            f"No verdict: every rate that was tried met the goals: {said['aggregated']}, and "
-            f"{said['split']}. Set tighter goals, or give more --minutes."
-        )
+        both = f"{said['aggregated']}, and {said['split']}"
+        why = f"every rate that was tried met the goals: {both}"
+        return "unknown", f"No verdict: {why}. Set tighter goals, or give more --minutes."
     return "no difference", (
-        f"No difference beyond the noise: {said['aggregated']} within your SLO, and the best "
-        f"split, {best['split']}, gives {split}. Stay aggregated: that is simpler."
+        f"No difference beyond the noise: {said['aggregated']} within your SLO, and {best_split}. "
+        "Stay aggregated: that is simpler."
     )
 
 

@@ -1,7 +1,4 @@
-"""Estimates a model's memory in vLLM, from its config.json and the size of its weights.
-
-The estimate is a lower bound: it leaves out parts whose size is not known.
-"""
+"""Estimates from below a model's memory in vLLM, by config.json and size of weights."""
 
 import math
 from collections import Counter
