@@ -13,17 +13,9 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from pdlaunch.checks.rule import Context, Found, Pair, differing_place, error, info, warning
+from pdlaunch.config import vllm_arguments
 from pdlaunch.config.field_types import NATIVE_ALONE
 from pdlaunch.config.settings import all_settings
-from pdlaunch.config.vllm_arguments import (
-    KV_EVENTS,
-    OFFLOADING,
-    OURS,
-    REFUSED,
-    host_tier_of,
-    long_name,
-    vllm_flag_name,
-)
 from pdlaunch.planning.role_engines import OWN_VARIABLES, RoleEngines
 
 _PARSER = "The parser of vllm serve 0.32."
@@ -69,11 +61,11 @@ class EngineArgument:
 
     @property
     def name(self) -> str:
-        return long_name(self.key)
+        return vllm_arguments.long_name(self.key)
 
     @property
     def is_off(self) -> bool:
-        return self.value is vllm_flag_name(self.key).startswith("no-")
+        return self.value is vllm_arguments.vllm_flag_name(self.key).startswith("no-")
 
     @property
     def json(self) -> JsonValue:
@@ -102,11 +94,11 @@ def _all_arguments(context: Context) -> Iterator[EngineArgument]:
 
 def _open_endpoints(argument: EngineArgument) -> Iterator[Found]:
     config = argument.json
-    if argument.name != KV_EVENTS:
+    if argument.name != vllm_arguments.KV_EVENTS:
         return
     if not isinstance(config, dict) or "." in argument.key:
         fix = "write it as a mapping: enable_kv_cache_events: true"
-        yield Found(f"--{KV_EVENTS} cannot be checked in this form", argument.where, fix)
+        yield Found(f"--{argument.name} cannot be checked in this form", argument.where, fix)
         return
     for name in ("endpoint", "replay_endpoint"):
         endpoint = config.get(name)
@@ -195,7 +187,7 @@ def _cumem(context: Context) -> Iterator[Found]:
 
 def _offloading(context: Context) -> Iterator[Found]:
     for each in itertools.chain(*context.vllm_pairs()):
-        backend, size = host_tier_of(each.settings.engine_args)
+        backend, size = vllm_arguments.host_tier_of(each.settings.engine_args)
         reason = ""
         if context.kv_transfer.is_stock:
             reason = "it would replace their KV connector"
@@ -204,15 +196,16 @@ def _offloading(context: Context) -> Iterator[Found]:
         elif size and not re.fullmatch(r"\d+(\.\d+)?", str(size)):
             reason = f"{size} is not a number of GiB"
         if reason:
-            yield from _given(context, [each], OFFLOADING, f"--{{}} of {{}} engines: {reason}")
+            text = f"--{{}} of {{}} engines: {reason}"
+            yield from _given(context, [each], vllm_arguments.OFFLOADING, text)
 
 
 def _early_tier(context: Context) -> Iterator[Found]:
     text = "--{} of {} engines may copy a block during a pull into this block"
     for each in _our_sides(context):
-        _, size = host_tier_of(each.settings.engine_args)
+        _, size = vllm_arguments.host_tier_of(each.settings.engine_args)
         if size and _is_before(context, each, _TIER_SINCE):
-            yield from _given(context, [each], OFFLOADING, text)
+            yield from _given(context, [each], vllm_arguments.OFFLOADING, text)
 
 
 def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> bool:
@@ -307,16 +300,16 @@ RULES = (
         "or underscores, short names, no-..., one key of a JSON value, and abbreviated names that "
         "vLLM completes.",
         over=_all_arguments,
-        when=lambda it: it.name in OURS
-        and Found(f"pdlaunch sets --{it.name} itself", it.where, OURS[it.name]),
+        when=lambda it: it.name in vllm_arguments.OURS
+        and Found(f"pdlaunch sets --{it.name} itself", it.where, vllm_arguments.OURS[it.name]),
         fix="Remove it from engine_args, and use the setting that the finding names.",
         source=_PARSER),
     error("PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
         "pdlaunch plans data parallel ranks on one host only. The router cannot call engines over "
         "TLS or gRPC, or engines without HTTP.",
         over=_all_arguments,
-        when=lambda it: it.name in REFUSED and not it.is_off
-        and Found(f"--{it.name}: {REFUSED[it.name]}", it.where),
+        when=lambda it: it.name in vllm_arguments.REFUSED and not it.is_off
+        and Found(f"--{it.name}: {vllm_arguments.REFUSED[it.name]}", it.where),
         fix=_REMOVE, source=_PARSER),
     error("PD605", "Other users can read the KV events.",
         "The events contain the token ids of all prompts. Without an endpoint, pdlaunch sets a "

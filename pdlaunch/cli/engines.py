@@ -10,13 +10,7 @@ import typer
 from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import counted, ending_at_errors, print_line, say
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.launch.client.api import (
-    Api,
-    EngineOutcome,
-    admin_api,
-    command_engines,
-    command_launch,
-)
+from pdlaunch.launch.client import api
 
 GIB = 1024**3
 _GOES_ON = "the change continues; `pdlaunch status` shows the engines"
@@ -71,7 +65,7 @@ def sleep(
 ) -> None:
     """Put engines to sleep, to free device memory. Needs enable_sleep_mode."""
     with _commanding(url, admin_api_key) as admin:
-        outcomes = command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
+        outcomes = api.command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
     _show_memory("given back", outcomes)
 
 
@@ -83,7 +77,7 @@ def wake(
 ) -> None:
     """Wake up sleeping engines: they allocate their device memory again and serve."""
     with _commanding(url, admin_api_key) as admin:
-        outcomes = command_engines(admin, "/wake_up", engine or (), tags=tag or [])
+        outcomes = api.command_engines(admin, "/wake_up", engine or (), tags=tag or [])
     _show_memory("taken", outcomes)
 
 
@@ -93,7 +87,7 @@ def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
     with _commanding(url, admin_api_key) as admin:
         # One after the other, so that other engines of a role serve meanwhile.
         for each in dict.fromkeys(name):
-            (outcome,) = command_engines(admin, "/pdlaunch/restart", [each])
+            (outcome,) = api.command_engines(admin, "/pdlaunch/restart", [each])
             _show_line(outcome, "serves again")
             failed |= outcome.error is not None
     raise typer.Exit(int(failed))
@@ -117,7 +111,7 @@ def drain(
     names = " ".join(name)
     said = f"{names}: no new work until `pdlaunch undrain {names}`"
     with _commanding(url, admin_api_key, said) as admin:
-        outcomes = command_engines(admin, "/pdlaunch/drain", name, timeout_s=f"{timeout:g}")
+        outcomes = api.command_engines(admin, "/pdlaunch/drain", name, timeout_s=f"{timeout:g}")
     for each in outcomes:
         left = f"{each.running} still at work after {timeout:g} s" if each.running else ""
         _show_line(each, f"gets no new work; {left or 'nothing runs there'}")
@@ -127,7 +121,7 @@ def drain(
 def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Give engines work again after `pdlaunch drain`."""
     with _commanding(url, admin_api_key) as admin:
-        outcomes = command_engines(admin, "/pdlaunch/undrain", name)
+        outcomes = api.command_engines(admin, "/pdlaunch/undrain", name)
     for outcome in outcomes:
         _show_line(outcome, "gets work again")
     raise typer.Exit(int(any(outcome.error for outcome in outcomes)))
@@ -176,25 +170,25 @@ def role(
 @contextmanager
 def _commanding(
     url: str | None, admin_api_key: str | None, on_interrupt: str = ""
-) -> Iterator[Api]:
+) -> Iterator[api.Api]:
     """Yield the admin API. Errors end the command; Ctrl-C prints ``on_interrupt``."""
     try:
         with ending_at_errors():
-            yield admin_api(url, admin_api_key)
+            yield api.admin_api(url, admin_api_key)
     except KeyboardInterrupt:
         if on_interrupt:
             say(on_interrupt)
         raise
 
 
-def _show_line(outcome: EngineOutcome, done: str) -> None:
+def _show_line(outcome: api.EngineOutcome, done: str) -> None:
     line = f"{outcome.engine}: {outcome.error}" if outcome.error else f"{outcome.engine} {done}"
     print_line(line, "red" if outcome.error else "")
     for note in outcome.notes:
         print_line(f"  {note}", "yellow")
 
 
-def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
+def _show_memory(what: str, outcomes: Sequence[api.EngineOutcome]) -> None:
     for each in outcomes:
         state = "sleeps" if each.is_sleeping else "is awake"
         _show_line(each, f"{state}: {each.num_bytes / GIB:.2f} GiB {what}")
@@ -207,7 +201,7 @@ def _command_launch(
     """Send a command; print a line for each engine that starts or stops, and the new totals."""
     dry_run = fields.get("dry_run", False)
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
-        outcome = command_launch(admin, name, **fields)
+        outcome = api.command_launch(admin, name, **fields)
     if (change := outcome.change) is not None:
         for engine in change.starts:
             devices = " ".join(engine.devices)

@@ -32,15 +32,7 @@ from pdlaunch.launch.hosts.join import (
     read_ticket,
     write_join_files,
 )
-from pdlaunch.launch.hosts.placement import slurm
-from pdlaunch.launch.hosts.placement.ray_cluster import (
-    kept_agents,
-    placed_actors,
-    ray_bundles,
-    ray_cluster,
-    ray_hosts,
-    stop_agents,
-)
+from pdlaunch.launch.hosts.placement import ray_cluster, slurm
 from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.host import find_engine_command, recorded_environ
 from pdlaunch.machine.network import address_towards, default_address
@@ -73,7 +65,8 @@ def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> Loade
     match config.placement:
         case "ray":
             # Ray places the engines: the configuration gets one host for each bundle.
-            placed = {"hosts": ray_hosts(ray_bundles(config)), "placement_strategy": "spread"}
+            hosts = ray_cluster.ray_hosts(ray_cluster.ray_bundles(config))
+            placed = {"hosts": hosts, "placement_strategy": "spread"}
         case "slurm":
             placed = {"hosts": slurm.slurm_hosts(environ)}
         case "local" | "hosts":
@@ -142,21 +135,25 @@ def joined_agents(
 
 @contextlib.contextmanager
 def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) -> Iterator[Agents]:
-    with ray_cluster() as ray, contextlib.ExitStack() as stack:
+    with ray_cluster.ray_cluster() as ray, contextlib.ExitStack() as stack:
         chosen = choose_engine(config, os.environ).config  # agents allow its executables
-        bundles = ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
+        bundles = ray_cluster.ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
         actors = stack.enter_context(
-            placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s, say)
+            ray_cluster.placed_actors(
+                ray, bundles, config.placement_strategy, config.join_timeout_s, say
+            )
         )
         keys = new_join_keys(config.control_port)
         address = config.control_address or str(ray.util.get_node_ip_address())
         channel = _listen(keys, address, names, config, log_dir)
         # Undone in reverse: first the watch over Ray's actors, then the agents, then their channel.
         stack.callback(channel.close)
-        stack.callback(stop_agents, ray, actors)
+        stack.callback(ray_cluster.stop_agents, ray, actors)
         stack.enter_context(
-            kept_agents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
+            ray_cluster.kept_agents(
+                ray, actors, channel.endpoint, keys.server.public, channel.admit
+            )
         )
         advice = "look at the logs of its actor in Ray"
         yield _joined(channel, names, config.join_timeout_s, advice)

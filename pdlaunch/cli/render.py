@@ -26,15 +26,7 @@ from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import new_join_keys
-from pdlaunch.launch.render.manifests import (
-    PodLaunch,
-    PodOptions,
-    engine_groups,
-    kubernetes_objects,
-    kubernetes_secret,
-    machine_names,
-    place,
-)
+from pdlaunch.launch.render import manifests
 from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
@@ -96,7 +88,7 @@ def kubernetes(
     with ending_at_errors():
         if namespace is not None:
             _require_name(namespace, "--namespace")
-        options = PodOptions(
+        options = manifests.PodOptions(
             name=_require_name(name, "--name"),
             image=image or f"pdlaunch:{__version__}",
             gpu_resource=gpu_resource,
@@ -110,20 +102,26 @@ def kubernetes(
         launch = _placed(config, flags, options, assume)
         if print_secret:
             join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
-            objects = [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
+            secret = manifests.kubernetes_secret(
+                launch, namespace, join=join, supervisor=supervisor
+            )
+            objects = [secret]
         else:
-            objects = kubernetes_objects(launch, namespace)
+            objects = manifests.kubernetes_objects(launch, namespace)
         sys.stdout.write(_to_yaml(objects))
 
 
 def _placed(
-    path: Path | None, flags: Mapping[str, object], options: PodOptions, assume: str | None
-) -> PodLaunch:
+    path: Path | None,
+    flags: Mapping[str, object],
+    options: manifests.PodOptions,
+    assume: str | None,
+) -> manifests.PodLaunch:
     """Return the launch with its pods. Raises ConfigError, or typer.Exit if a rule fails."""
     loaded = load_config(path, os.environ, dict(flags))
     refuse_running_engines(loaded.config)
-    machines = machine_names(options, loaded.config)
-    placed = place(loaded.config, machines)
+    machines = manifests.machine_names(options, loaded.config)
+    placed = manifests.place(loaded.config, machines)
     config = placed.config()
     machine, assumed = judged_machine(assume, config)
     pod = ResolvedHost("", machine, os.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS)
@@ -137,10 +135,11 @@ def _placed(
     _require_mounted(resolved, options)
     # Write the engine that `auto` chose here: pods may have other executables.
     settings = _to_yaml([{**placed.settings, "engine": resolved.config.engine}])
-    return PodLaunch(options, placed, resolved, engine_groups(resolved, machines), settings)
+    groups = manifests.engine_groups(resolved, machines)
+    return manifests.PodLaunch(options, placed, resolved, groups, settings)
 
 
-def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
+def _require_mounted(resolved: ResolvedLaunch, options: manifests.PodOptions) -> None:
     """Raise ConfigError for a model in a folder that no volume mounts into pods."""
     folders = [Path(folder) for folder in options.claims or {}]
     for engines in resolved.roles.values():

@@ -5,17 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from pdlaunch.config.connectors import (
-    BUILT_IN,
-    VLLM_NIXL,
-    ConnectorSettings,
-    FileSettings,
-    MooncakeSettings,
-    NixlSettings,
-    check_connector_name,
-    connector_settings,
-    other_sections,
-)
+from pdlaunch.config import connectors
 from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
 
 
@@ -28,7 +18,7 @@ class KVTransferSettings(FrozenModel):
     # fmt: off
     connector: Annotated[
         str,
-        AfterValidator(check_connector_name),
+        AfterValidator(connectors.check_connector_name),
         Flag("kv-connector", metavar="nixl|mooncake|file|..."),
     ] = Field(
         "nixl",
@@ -57,9 +47,9 @@ class KVTransferSettings(FrozenModel):
     data_ports: PortRange = Field(
         "21000-21999",
         description="Ports of that network at which ranks transfer KV blocks, for firewall rules.")
-    nixl: NixlSettings = NixlSettings()
-    mooncake: MooncakeSettings = MooncakeSettings()
-    file: FileSettings = FileSettings()
+    nixl: connectors.NixlSettings = connectors.NixlSettings()
+    mooncake: connectors.MooncakeSettings = connectors.MooncakeSettings()
+    file: connectors.FileSettings = connectors.FileSettings()
     # fmt: on
 
     @model_validator(mode="before")
@@ -70,9 +60,9 @@ class KVTransferSettings(FrozenModel):
             return data
         given = {name: data[name] for name in data if name not in cls.model_fields}
         named = data.get("connector", "nixl")
-        if not given and named in BUILT_IN:
+        if not given and named in connectors.BUILT_IN:
             return data
-        known = other_sections()
+        known = connectors.other_sections()
         if named in known:
             given.setdefault(named, {})
         models: dict[str, Any] = {name: (known[name], ...) for name in given if name in known}
@@ -90,12 +80,12 @@ class KVTransferSettings(FrozenModel):
     @property
     def is_stock(self) -> bool:
         """Return True if vLLM engines use vLLM's own connector."""
-        return self.connector == VLLM_NIXL
+        return self.connector == connectors.VLLM_NIXL
 
     @property
-    def connector_section(self) -> ConnectorSettings:
+    def connector_section(self) -> connectors.ConnectorSettings:
         """Return the settings of the connector in use; its defaults without a section."""
         found = getattr(self, self.connector, None)
-        if isinstance(found, ConnectorSettings):
+        if isinstance(found, connectors.ConnectorSettings):
             return found
-        return connector_settings(self.connector)()
+        return connectors.connector_settings(self.connector)()

@@ -8,17 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from pdlaunch.config import settings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
-from pdlaunch.config.settings import (
-    SECRET,
-    VARIABLE_PREFIX,
-    all_settings,
-    flag_name,
-    is_secret,
-    split_path,
-    variable_paths,
-)
 from pdlaunch.config.vllm_arguments import value_of_text
 from pdlaunch.config.yaml_file import read_yaml
 
@@ -65,11 +57,11 @@ def load_config(
 
 
 def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, _Given]:
-    known, settings = variable_paths(), all_settings()
+    known, declared = settings.variable_paths(), settings.all_settings()
     given: dict[str, _Given] = {}
     # Sorted, so that equal environments give equal messages.
     for name in sorted(environ):
-        if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
+        if not name.startswith(settings.VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
         # Settings first: a mapping's entry PDLAUNCH_ENV__X must not hide a setting of that name.
         path = known.get(name) or _mapping_entry(name, known)
@@ -77,7 +69,7 @@ def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> di
             match = nearest(name, [*known, *OTHER_VARIABLES])
             fix = f"did you mean {match}?" if match else "docs/settings.md lists all variables"
             problems.append(Problem("unknown variable", fix=fix, where=shown_name(name)))
-        elif path in settings and settings[path].is_mapping:
+        elif path in declared and declared[path].is_mapping:
             message = "holds several entries, but a variable gives one"
             fix = f"set one variable for each: {name}__NAME=VALUE gives {path}.NAME"
             problems.append(Problem(message, path, fix=fix, where=name))
@@ -90,7 +82,7 @@ def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> di
                 Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
             )
         else:
-            parent = settings.get(path.rpartition(".")[0])
+            parent = declared.get(path.rpartition(".")[0])
             has_flags = parent is not None and parent.holds_flags
             value = value_of_text(environ[name]) if has_flags else environ[name]
             given[path] = _Given(value, shown_name(name))
@@ -101,7 +93,7 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
     """Return a mapping entry's path: ``prefill.env.A`` for ``PDLAUNCH_PREFILL__ENV__A``."""
     for variable, path in known.items():
         entry = name.removeprefix(f"{variable}__")
-        if all_settings()[path].is_mapping and entry not in (name, ""):
+        if settings.all_settings()[path].is_mapping and entry not in (name, ""):
             return f"{path}.{entry}"
     return None
 
@@ -109,12 +101,12 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
 def _from_flags(flags: Mapping[str, object], problems: list[Problem]) -> dict[str, _Given]:
     given: dict[str, _Given] = {}
     for path, value in flags.items():
-        if path not in all_settings() and path.rpartition(".")[0] not in all_settings():
-            match = nearest(path, all_settings())
+        if not {path, path.rpartition(".")[0]} & settings.all_settings().keys():
+            match = nearest(path, settings.all_settings())
             fix = f"did you mean {match}?" if match else None
             problems.append(Problem("unknown field", shown_name(path), fix=fix))
         else:
-            given[path] = _Given(value, flag_name(path, value))
+            given[path] = _Given(value, settings.flag_name(path, value))
     return given
 
 
@@ -122,13 +114,13 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
     """Return the validated configuration, or None. Adds what the models refuse to ``problems``."""
     tree: dict[str, Any] = {}
     for path, item in given.items():
-        setting = all_settings().get(path)
+        setting = settings.all_settings().get(path)
         # pydantic would accept `port: yes` as port 1.
         if isinstance(item.value, bool) and setting is not None and not setting.is_switch:
             fix = "write it in quotes if it is a text"
             problems.append(_refused(path, item, "must not be a boolean", fix))
             continue
-        *parents, name = split_path(path)
+        *parents, name = settings.split_path(path)
         section = tree
         for parent in parents:
             section = section.setdefault(parent, {})
@@ -169,9 +161,9 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
 def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> Problem:
     if item is None:
         return Problem(message, path, fix=fix)
-    setting = all_settings().get(path)
+    setting = settings.all_settings().get(path)
     # Hide lists of mappings too: users may write a key into an entry, such as its URL.
-    is_hidden = is_secret(path) or (setting is not None and setting.has_sections)
+    is_hidden = settings.is_secret(path) or (setting is not None and setting.has_sections)
     value = None if is_hidden else shown(item.value)
     if value is not None and not (isinstance(item.value, str) and value in message):
         message = f"{value} is wrong: {message}"
@@ -190,5 +182,6 @@ def _masked(values: Mapping[str, Any], section: str) -> dict[str, Any]:
         if isinstance(value, dict):
             shown[name] = _masked(value, f"{path}.")
         else:
-            shown[name] = SECRET if value is not None and is_secret(path) else value
+            is_hidden = value is not None and settings.is_secret(path)
+            shown[name] = settings.SECRET if is_hidden else value
     return shown

@@ -14,17 +14,7 @@ import aiohttp
 import msgspec
 
 from pdlaunch.api import launched, resolve_here
-from pdlaunch.bench.serve import (
-    FIRST_TOKEN_ID,
-    HASHED_TOKENS,
-    BenchLoad,
-    TraceRequest,
-    arrival_times,
-    client_session,
-    model_of,
-    summarise,
-    trace_prompt,
-)
+from pdlaunch.bench import serve
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, complete
 from pdlaunch.bench.verdict.arms import Arm, config_to_measure
 from pdlaunch.bench.verdict.queueing import WARM_UP, EngineFigures, Job
@@ -47,9 +37,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """The user's load, which can be sent at any rate."""
 
     # Lengths and shared blocks; timestamps give the bursts, if they differ
-    requests: Sequence[TraceRequest]
+    requests: Sequence[serve.TraceRequest]
     prefix: list[int] = []  # tokens at the start of every prompt
-    token_ids: range = range(FIRST_TOKEN_ID, 30_000)
+    token_ids: range = range(serve.FIRST_TOKEN_ID, 30_000)
     seed: int = 0
     probe_s: float = 20.0
     num_left_out: int = 0  # requests of the trace that are too long for the model
@@ -64,14 +54,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         gaps = [max(0.0, late.timestamp - early.timestamp) for early, late in pairwise(chosen)]
         times = list(accumulate(gaps, initial=0.0))
         if not any(gaps):
-            times = arrival_times(rate, 1.0, number, random.Random(f"{self.seed}/{seed}"))
+            times = serve.arrival_times(rate, 1.0, number, random.Random(f"{self.seed}/{seed}"))
         # A few random arrivals can miss ``rate`` by far, so the times are scaled to it.
         scale = (number - 1) / rate / times[-1]
         seen: set[tuple[int, int]] = set()
         jobs = []
         for at_s, lap, each in zip(times, laps, chosen, strict=True):
             blocks = {(lap, hash_id) for hash_id in each.hash_ids}
-            num_cached = HASHED_TOKENS * len(seen & blocks)
+            num_cached = serve.HASHED_TOKENS * len(seen & blocks)
             seen |= blocks
             new = max(1, each.input_length - num_cached)
             jobs.append(Job(at_s * scale, new, each.output_length))
@@ -79,18 +69,19 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     def prompts(self, number: int, seed: int) -> list[list[int]]:
         """Return the prompts of ``jobs_at``. Prompts of different seeds share only the prefix."""
-        return [
-            self.prefix
-            + trace_prompt(each, self.token_ids, f"{seed}/{place}", f"{self.seed + seed}/{lap}")
-            for place, (lap, each) in enumerate(self._chosen(number, seed))
-        ]
+        prompts = []
+        for place, (lap, each) in enumerate(self._chosen(number, seed)):
+            own_seed, shared_seed = f"{seed}/{place}", f"{self.seed + seed}/{lap}"
+            tokens = serve.trace_prompt(each, self.token_ids, own_seed, shared_seed)
+            prompts.append(self.prefix + tokens)
+        return prompts
 
     def lengths(self) -> list[int]:
         """Return representative prompt lengths, in uncached tokens."""
         new = sorted(job.prompt_tokens for job in self.jobs_at(_MAX_REQUESTS / self.probe_s, 0))
         return sorted({new[len(new) * tenths // 10] for tenths in (1, 5, 9)})
 
-    def _chosen(self, number: int, seed: int) -> list[tuple[int, TraceRequest]]:
+    def _chosen(self, number: int, seed: int) -> list[tuple[int, serve.TraceRequest]]:
         """Return requests with their lap over the trace. Different laps share no blocks."""
         places = range(seed * number, (seed + 1) * number)
         laps = [divmod(place, len(self.requests)) for place in places]
@@ -231,14 +222,14 @@ class Launches(contextlib.ExitStack):
             raise PdlaunchError(f"no request was answered: {errors[0]}")
         await asyncio.sleep(_SETTLE_S)
         mean = round(statistics.mean(map(len, prompts)))
-        load = BenchLoad(input_tokens=mean, requests=(), request_rate=step.rate)
+        load = serve.BenchLoad(input_tokens=mean, requests=(), request_rate=step.rate)
         return Probe(
             arm=step.arm.name,
             visit=step.visit,
             rate=step.rate,
             met=[goals.met_by(each) for each in counted],
             seconds=time.perf_counter() - start_at,
-            row=summarise(load, counted, seconds, goals),
+            row=serve.summarise(load, counted, seconds, goals),
             limit=what_limits(step.arm, counted, goals),
         )
 
@@ -268,8 +259,8 @@ class Launches(contextlib.ExitStack):
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[tuple[aiohttp.ClientSession, str, int | None]]:
-        async with client_session(self._url, self._key) as session:
-            yield session, *await model_of(session, self._url)
+        async with serve.client_session(self._url, self._key) as session:
+            yield session, *await serve.model_of(session, self._url)
 
 
 def _common_step_s(done: Sequence[TimedCompletion]) -> float:
