@@ -23,7 +23,7 @@ SHARED_KIB = {89: 99, 90: 227}
 technical specifications.
 """
 LAUNCHED = {
-    *("attend_decode", "reduce_splits", "hash_page_head"),
+    *("attend_decode", "reduce_splits", "gather_kv", "hash_page_head"),
     *("rotate_and_write", "add_and_normalize", "multiply_gated"),
 }
 MIXED = ((700, 1), (2, 30))

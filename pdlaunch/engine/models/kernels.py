@@ -1,6 +1,6 @@
-"""Triton kernels of paged attention (decode with split contexts), and of the small operations of a
-decoder layer, each with one pass over memory. The latter compute in float32 and round once.
-Transformers' own code rounds after each operation.
+"""Triton kernels of paged attention (decode with split contexts, and gather), and of the small
+operations of a decoder layer, each with one pass over memory. The latter compute in float32 and
+round once. Transformers' own code rounds after each operation.
 
 The kernels of attention read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block,
 block size, head dim) in place; ``cache`` points at a layer's keys in the first block. If a CUDA
@@ -171,6 +171,35 @@ def reduce_splits(
     tl.store(
         result + line * HEAD_DIM + dims, summed.to(result.dtype.element_ty), mask=dims < HEAD_DIM
     )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gather_kv(
+    cache,
+    slots,
+    keys,
+    values,
+    num_tokens,
+    block_stride,
+    head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Copy the tokens in ``slots`` to ``keys`` and ``values``, each [num_tokens, H, D]. Grid: tiles
+    of TOKENS tokens; KV heads.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    dims = tl.arange(0, PADDED_DIM)
+    mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
+    rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
+    source = cache + head * head_stride + rows[:, None] + dims[None, :]
+    target = (tokens.to(tl.int64)[:, None] * tl.num_programs(1) + head) * HEAD_DIM + dims[None, :]
+    tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
+    tl.store(values + target, tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
