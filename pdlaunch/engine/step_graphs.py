@@ -31,22 +31,21 @@ Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 SIZE_STEP = 8
 
 
-class Recorded:
-    """Holds one step in a CUDA graph."""
+def record(step: Step, pool: Any) -> Step:
+    """Return the replay of a step that is captured in a CUDA graph; graphs share ``pool``."""
+    # The first run compiles kernels and initialises libraries, which a capture cannot do.
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local, because other threads of the process use the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = step()
 
-    def __init__(self, step: Step, pool: Any) -> None:
-        """``pool``: the memory that graphs share."""
-        # The first run compiles kernels and initialises libraries, which a capture cannot do.
-        step()
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        # Thread-local, because other threads of the process use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._result = step()
+    def replay() -> tuple[torch.Tensor, torch.Tensor]:
+        graph.replay()
+        return result
 
-    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self._graph.replay()
-        return self._result
+    return replay
 
 
 @dataclass(eq=False)
@@ -69,7 +68,7 @@ class StepGraphs:
         device = attention.kv_cache.device
         self._inputs = GraphInputs(attention.layout, self.max_rows, self.max_blocks, device)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._graphs: dict[int, Recorded] = {}
+        self._graphs: dict[int, Step] = {}
         for index, size in enumerate(reversed(self._sizes)):
             self.progress(f"capturing CUDA graphs: {size} rows", index / len(self._sizes))
             self._graphs[size] = self._capture(size, pool)
@@ -84,7 +83,7 @@ class StepGraphs:
             return None
         size = self._sizes[index]
         self._inputs.fill(batch, size)
-        logits, likeliest = self._graphs[size].replay()
+        logits, likeliest = self._graphs[size]()
         # The usual case: every row draws, in the order of the batch.
         if kept == [*range(len(kept))]:
             return logits[: len(kept)], likeliest[: len(kept)]
@@ -92,7 +91,7 @@ class StepGraphs:
         return logits[places], likeliest[places]
 
     @torch.inference_mode()
-    def _capture(self, num_rows: int, pool: Any) -> Recorded:
+    def _capture(self, num_rows: int, pool: Any) -> Step:
         # With cleared inputs, warm-up and capture touch no block of the KV cache.
         self._inputs.clear()
 
@@ -105,7 +104,7 @@ class StepGraphs:
             logits = self.decoder.logits(token_ids, positions, None, attention)
             return self._keep(logits, likeliest_tokens(logits))
 
-        return Recorded(step, pool)
+        return record(step, pool)
 
     def _keep(
         self, logits: torch.Tensor, likeliest: torch.Tensor

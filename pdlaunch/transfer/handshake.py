@@ -11,8 +11,6 @@ replicas of each head, and the decode ranks that need this head are spread over 
 decode rank reads a replica, one decode rank begins and ends a pull there, to end the lease.
 """
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections import Counter
@@ -132,41 +130,6 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
         raise HandshakeError(
             f"{local} and {peer} cannot exchange KV blocks; " + "; ".join(differences)
         )
-
-
-def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
-    """Raise HandshakeError if the peer's geometry does not fit its TP rank or our head sizes."""
-    geometry = reply.geometry
-    heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
-    expected = {
-        "num_kv_heads": {len(heads)},
-        "first_kv_head": {heads.start},
-        # The sizes on a CPU and on a GPU: connectors such as ``file`` connect CPU and GPU ranks.
-        "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
-    }
-    for field, wanted in expected.items():
-        if (found := getattr(geometry, field)) not in wanted:
-            expectation = " or ".join(map(str, sorted(wanted)))
-            raise HandshakeError(
-                f"{field}: {reply.rank_name} states {found}, expected {expectation}"
-            )
-    sizes = [place.head_bytes for place in setup.memory.kv.places]
-    if [place.head_bytes for place in geometry.regions] != sizes:
-        raise HandshakeError(
-            f"head_bytes: {reply.rank_name} states {_counted(geometry.regions)}, expected "
-            f"{_counted(setup.memory.kv.places)}"
-        )
-    for place in geometry.regions:
-        if place.stride_bytes < len(heads) * place.head_bytes:
-            raise HandshakeError(
-                f"stride_bytes: {reply.rank_name} states {place.stride_bytes} for blocks of "
-                f"{len(heads) * place.head_bytes} bytes"
-            )
-
-
-def _counted(places: Sequence[RegionPlace]) -> str:
-    sizes = Counter(place.head_bytes for place in places)
-    return ", ".join(f"{size} ({count} regions)" for size, count in sizes.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,3 +281,38 @@ class DecodeSetup:
             decode_tp_size=self.identity.tp_size,
             decode_tp_rank=self.identity.tp_rank,
         )
+
+
+def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
+    """Raise HandshakeError if the peer's geometry does not fit its TP rank or our head sizes."""
+    geometry = reply.geometry
+    heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
+    expected = {
+        "num_kv_heads": {len(heads)},
+        "first_kv_head": {heads.start},
+        # The sizes on a CPU and on a GPU: connectors such as ``file`` connect CPU and GPU ranks.
+        "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
+    }
+    for field, wanted in expected.items():
+        if (found := getattr(geometry, field)) not in wanted:
+            expectation = " or ".join(map(str, sorted(wanted)))
+            raise HandshakeError(
+                f"{field}: {reply.rank_name} states {found}, expected {expectation}"
+            )
+    sizes = [place.head_bytes for place in setup.memory.kv.places]
+    if [place.head_bytes for place in geometry.regions] != sizes:
+        raise HandshakeError(
+            f"head_bytes: {reply.rank_name} states {_counted(geometry.regions)}, expected "
+            f"{_counted(setup.memory.kv.places)}"
+        )
+    for place in geometry.regions:
+        if place.stride_bytes < len(heads) * place.head_bytes:
+            raise HandshakeError(
+                f"stride_bytes: {reply.rank_name} states {place.stride_bytes} for blocks of "
+                f"{len(heads) * place.head_bytes} bytes"
+            )
+
+
+def _counted(places: Sequence[RegionPlace]) -> str:
+    sizes = Counter(place.head_bytes for place in places)
+    return ", ".join(f"{size} ({count} regions)" for size, count in sizes.items())

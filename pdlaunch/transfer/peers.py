@@ -62,7 +62,6 @@ class Peer:
         self._geometry: side_channel.Geometry | None = None
         # The paths that the connector offers, by name; an error for each unusable path.
         self._paths: Mapping[str, Connection | TransferError] = {}
-        self._connection: Connection | None = None  # the path in use
         self._piece_bytes = 0  # size of the pieces in READs of the peer's scratch
         self._reads: dict[Read, float] = {}  # READs that are not released, and when they started
         # READs whose Push was sent and not answered yet, by call_id.
@@ -127,9 +126,10 @@ class Peer:
         self.channel.send(message)
 
     def read(self, blocks: BlockRead, lease_id: LeaseId, reader: ReaderId) -> Read:
-        assert self._connection is not None
+        connection = self._paths[self.path]
+        assert isinstance(connection, Connection)
         self._check_channel()
-        read = self._connection.read(blocks)
+        read = connection.read(blocks)
         self._follow(read, blocks.remote_blocks, blocks.remote_heads, lease_id, reader)
         return read
 
@@ -259,10 +259,7 @@ class Peer:
 
     def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
         setup = self._setup
-        connection = self._paths[best.path]
-        assert isinstance(connection, Connection)
         # The other connections stay open: READs over them that timed out may still write.
-        self._connection = connection
         self.path, self.state, self.error = best.path, "ready", ""
         self.deadline_at, self._num_failures = None, 0
         logger.info("%s is read over %s, %s; others: %s", self.name, best.path, best, others)
@@ -343,7 +340,7 @@ class Peer:
         for connection in self._paths.values():
             if isinstance(connection, Connection):
                 connection.close()
-        self._paths, self._connection = {}, None
+        self._paths = {}
         if self.state == "waiting" and self.deadline_at is None:
             self.deadline_at = self._setup.clock()
 

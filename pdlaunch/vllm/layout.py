@@ -49,10 +49,6 @@ class _Layer:
     tensor: torch.Tensor
     rows_per_block: int
 
-    @property
-    def row_bytes(self) -> int:
-        return self.tensor[0].numel() * self.tensor.element_size()
-
     def heads(self) -> int:
         """Return the number of heads in a row, or 0 if a row cannot be divided into heads."""
         shape, strides = self.tensor.shape, self.tensor.stride()
@@ -76,7 +72,7 @@ class _Layer:
         # Either two parts, keys and values, each divided into heads; or the whole row.
         parts = 2 if cut and tensor.dim() == 5 else 1
         apart = tensor.stride(1) * item if parts == 2 else 0
-        rows, part_bytes = self.rows_per_block, self.row_bytes // parts
+        rows, part_bytes = self.rows_per_block, tensor[0].numel() * item // parts
         if not cut and stride == part_bytes:
             rows, stride, part_bytes = 1, stride * rows, part_bytes * rows
         for row in range(rows):

@@ -3,8 +3,6 @@
 Each READ of NIXL lists the addresses of its pieces, after neighbouring pieces are merged.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -160,6 +158,38 @@ class NixlConnector(Connector):
         del self.memory
 
 
+@dataclass(slots=True, eq=False)
+class _NixlRead(Read):
+    agent: Any
+    registration: Any = None  # of ``landing``
+    handle: Any = None
+    state: str = "PROC"
+    posted_at: float = 0.0
+    ended_at: float = 0.0
+
+    def poll(self) -> ReadState:
+        if self.state == "PROC":
+            try:
+                # DONE does not prove the bytes: NIXL 1.5.1 reports it for READs of deregistered
+                # memory, and between GPUs even if the peer was killed. Leases and checksums do.
+                self.state = str(self.agent.check_xfer_state(self.handle))
+            except Exception:
+                self.state = "ERR"
+            self.ended_at = time.perf_counter()
+        if self.state == "PROC":
+            return "pending"
+        return "done" if self.state == "DONE" else "failed"
+
+    def seconds(self) -> float:
+        return self.ended_at - self.posted_at
+
+    def release(self) -> None:
+        if self.handle is not None:
+            quietly(self.handle.release)
+        if self.registration is not None:
+            quietly(self.agent.deregister_memory, self.registration)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _NixlConnection(Connection):
     connector: NixlConnector
@@ -213,38 +243,6 @@ class _NixlConnection(Connection):
             read.release()
             raise TransferError(f"READ from {self.peer.agent_name} was refused: {error}") from error
         return read
-
-
-@dataclass(slots=True, eq=False)
-class _NixlRead(Read):
-    agent: Any
-    registration: Any = None  # of ``landing``
-    handle: Any = None
-    state: str = "PROC"
-    posted_at: float = 0.0
-    ended_at: float = 0.0
-
-    def poll(self) -> ReadState:
-        if self.state == "PROC":
-            try:
-                # DONE does not prove the bytes: NIXL 1.5.1 reports it for READs of deregistered
-                # memory, and between GPUs even if the peer was killed. Leases and checksums do.
-                self.state = str(self.agent.check_xfer_state(self.handle))
-            except Exception:
-                self.state = "ERR"
-            self.ended_at = time.perf_counter()
-        if self.state == "PROC":
-            return "pending"
-        return "done" if self.state == "DONE" else "failed"
-
-    def seconds(self) -> float:
-        return self.ended_at - self.posted_at
-
-    def release(self) -> None:
-        if self.handle is not None:
-            quietly(self.handle.release)
-        if self.registration is not None:
-            quietly(self.agent.deregister_memory, self.registration)
 
 
 def quietly(act: Callable[..., object], *arguments: object) -> None:

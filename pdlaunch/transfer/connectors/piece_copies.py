@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -49,22 +50,22 @@ class HostCopier:
         return time.perf_counter() - began_at
 
 
+@dataclass(eq=False)
 class _ThreadCopy(Read):
-    def __init__(self, future: Future[float]) -> None:
-        self._future = future
+    future: Future[float]
 
     def poll(self) -> ReadState:
-        if not self._future.done():
+        if not self.future.done():
             return "pending"
-        if self._future.cancelled():
+        if self.future.cancelled():
             return "failed"
-        if (error := self._future.exception()) is not None:
+        if (error := self.future.exception()) is not None:
             logger.warning("a copy from a peer's memory failed: %s", error)
             return "failed"
         return "done"
 
     def seconds(self) -> float:
-        return self._future.result()
+        return self.future.result()
 
 
 class CudaCopier:
@@ -117,18 +118,18 @@ def new_copier(device: torch.device) -> PieceCopier:
     return HostCopier() if device.type == "cpu" else CudaCopier(device)
 
 
+@dataclass(eq=False)
 class _CudaCopy(Read):
-    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._begin = begin
-        self._end = end
+    begin: torch.cuda.Event
+    ended: torch.cuda.Event
 
     def poll(self) -> ReadState:
         try:
-            ended = self._end.query()  # type: ignore[no-untyped-call]
+            ended = self.ended.query()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             logger.warning("a copy from a peer's memory failed: %s", error)
             return "failed"
         return "done" if ended else "pending"
 
     def seconds(self) -> float:
-        return float(self._begin.elapsed_time(self._end)) / 1000
+        return float(self.begin.elapsed_time(self.ended)) / 1000
