@@ -10,14 +10,11 @@ import gc
 import logging
 import os
 import queue
-from collections.abc import Callable
 
 import zmq
 
-from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.leader import Follower, Leader, LeaderChannel, RankParts, ServerLink
 from pdlaunch.engine.lifecycle import RequestLifecycle
-from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
 from pdlaunch.engine.offload.worker import OffloadWorker
@@ -91,7 +88,7 @@ class RankProcess:
         gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
-        offload = new_offload_worker(spec, runner, progress=self._progress, wake=self._wake)
+        offload = self._new_offload(runner)
         rank = RankParts(spec, runner, transfer, offload, self.control.send)
         port = int(transfer.endpoint.rpartition(":")[2])
         # Without peers, no other process needs the address of the side channel.
@@ -184,6 +181,20 @@ class RankProcess:
         )
         return TransferThread(setup)
 
+    def _new_offload(self, runner: ModelRunner) -> OffloadWorker | None:
+        if not self._spec.kv_offload.host_memory:
+            return None
+        self._progress("allocating host memory", None)
+        # With a hasher of its own, because only the transfer thread may use that thread's hasher.
+        hasher = KVHasher(native_regions(runner.kv_cache, runner.layout))
+        return OffloadWorker(
+            kv_cache=runner.kv_cache,
+            layout=runner.layout,
+            host_memory_bytes=self._spec.kv_offload.host_memory,
+            device_hasher=hasher if runner.kv_cache.is_cuda else None,
+            wake=self._wake,
+        )
+
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Wait for a socket, a thread or the time-out; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
@@ -229,22 +240,3 @@ class RankProcess:
                 address=address,
             )
         )
-
-
-def new_offload_worker(
-    spec: EngineSpec, runner: ModelRunner, *, progress: ReportProgress, wake: Callable[[], None]
-) -> OffloadWorker | None:
-    """Allocate the host tier, if ``host_memory`` is set. Raises ConfigError if it is too small."""
-    if not spec.kv_offload.host_memory:
-        return None
-    progress("allocating host memory", None)
-    # With a hasher of its own, because only the transfer thread may use that thread's hasher.
-    return OffloadWorker(
-        kv_cache=runner.kv_cache,
-        layout=runner.layout,
-        host_memory_bytes=spec.kv_offload.host_memory,
-        device_hasher=KVHasher(native_regions(runner.kv_cache, runner.layout))
-        if runner.kv_cache.is_cuda
-        else None,
-        wake=wake,
-    )

@@ -2,8 +2,6 @@
 batch of running requests.
 """
 
-from __future__ import annotations
-
 import enum
 from bisect import insort
 from collections import Counter, deque
@@ -11,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
@@ -23,9 +21,6 @@ from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.transfer import PullFinished
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
 
 RANK = "rank-{}"  # names the process of a rank within its engine
 
@@ -98,7 +93,7 @@ class Request:
         # Id of the pull or load that the request waits for.
         self.incoming: PullId | int | None = None
         # The grammar, perhaps still compiling; given back when row and blocks are freed.
-        self.grammar: Future[LLMatcher] | None = None
+        self.grammar: Future[Any] | None = None
         wants_scores = message.sampling.num_prompt_logprobs is not None
         # The prompt's tokens from the second on, with log-probabilities; None: not requested,
         # or already sent.

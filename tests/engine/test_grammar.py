@@ -157,7 +157,7 @@ def test_a_request_runs_once_its_grammar_is_compiled() -> None:
 
     engine = FakeEngine()
     requests = engine.scheduler.requests
-    requests._grammars._thread = Held()
+    requests.grammars._thread = Held()
     for name, text in (("a", "one"), ("b", "two"), ("c", "two"), ("d", "")):
         engine.add(name, PROMPT[:9], sampling=SamplingParams(max_tokens=2, grammar=text))
     engine.run()

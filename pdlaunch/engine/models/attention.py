@@ -6,8 +6,6 @@ transformers, passes each layer's queries, keys and values on to that step. A ba
 keys and values into the KV cache and attends over it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,37 @@ from torch import nn
 
 # Name of our function in transformers, which builds no masks without a mask function of that name.
 ATTENTION_NAME = "pdlaunch_paged"
+
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The tokens of a step, row after row. Decode rows, which have one token, come first:
+    ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|`` are three decode rows, then two chunks of prompts.
+    """
+
+    token_ids: IntArray  # [num_tokens]
+    # [num_tokens]; index within the request; a row begins at its num_computed_tokens
+    positions: IntArray
+    row_of_token: IntArray  # [num_tokens]
+    row_starts: IntArray  # [num_rows + 1]; tokens of row i are [row_starts[i], row_starts[i + 1])
+    # [num_rows]; number of the row's tokens in the KV cache after this step
+    context_lengths: IntArray
+    # [num_rows, max_blocks] by group; undefined past the context and before the window
+    block_tables: tuple[IntArray, ...]
+    num_decode_rows: int  # number of leading rows with exactly one token
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.context_lengths)
+
+
+# Called with the current stage and the complete fraction; None: unknown
+ReportProgress = Callable[[str, float | None], None]
 
 
 class AttentionStep(ABC):
@@ -79,33 +108,6 @@ def _attend(
     return attended[None], None
 
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """The tokens of a step, row after row. Decode rows, which have one token, come first:
-    ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|`` are three decode rows, then two chunks of prompts.
-    """
-
-    token_ids: IntArray  # [num_tokens]
-    # [num_tokens]; index within the request; a row begins at its num_computed_tokens
-    positions: IntArray
-    row_of_token: IntArray  # [num_tokens]
-    row_starts: IntArray  # [num_rows + 1]; tokens of row i are [row_starts[i], row_starts[i + 1])
-    # [num_rows]; number of the row's tokens in the KV cache after this step
-    context_lengths: IntArray
-    # [num_rows, max_blocks] by group; undefined past the context and before the window
-    block_tables: tuple[IntArray, ...]
-    num_decode_rows: int  # number of leading rows with exactly one token
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.context_lengths)
-
-
 class Decoder:
     """Computes logits of packed tokens over the paged KV cache with the model's own code. CUDA
     graphs can replay it, because no supported model waits for the device or branches on values
@@ -132,7 +134,3 @@ class Decoder:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-# Called with the current stage and the complete fraction; None: unknown
-ReportProgress = Callable[[str, float | None], None]

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -213,7 +214,7 @@ def _compile(source: str) -> Template:
         extensions=[loopcontrols, _GenerationTag],
         autoescape=False,
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
     try:
@@ -221,10 +222,6 @@ def _compile(source: str) -> Template:
     except TemplateError as error:
         message = f"the model's chat template is broken: {error}"
         raise ConfigError(message, field="model") from None
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise(message: str) -> NoReturn:

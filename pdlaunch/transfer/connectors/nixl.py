@@ -102,7 +102,13 @@ class NixlConnector(Connector):
         self.kind, self.device_index = memory_kind(memory.scratch)
         self.memory = memory  # registered memory must not be freed
         bind_device(memory.scratch.device)  # UCX uses the current CUDA context
-        _choose_devices()
+        try:
+            # The supervisor knows only addresses of other hosts. Before NIXL is loaded.
+            devices = network.with_device_names(os.environ.get(_DEVICES, ""))
+        except LookupError as error:
+            raise TransferError(str(error)) from None
+        if devices:
+            os.environ[_DEVICES] = devices
         before = network.listeners()
         self.transports = ReadTransports()
         try:
@@ -249,18 +255,6 @@ def quietly(act: Callable[..., object], *arguments: object) -> None:
     """Call ``act`` and ignore exceptions: backends refuse to release a failed transfer."""
     with contextlib.suppress(Exception):
         act(*arguments)
-
-
-def _choose_devices() -> None:
-    """Replace addresses in UCX_NET_DEVICES by device names: the supervisor knows only addresses of
-    other hosts. Call it before ``load_nixl``. Raises TransferError.
-    """
-    try:
-        devices = network.with_device_names(os.environ.get(_DEVICES, ""))
-    except LookupError as error:
-        raise TransferError(str(error)) from None
-    if devices:
-        os.environ[_DEVICES] = devices
 
 
 # Connector name -> its metadata, and the error if it did not open.
