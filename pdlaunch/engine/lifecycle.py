@@ -136,10 +136,9 @@ class RequestLifecycle:
         self.counts: defaultdict[str, float] = defaultdict(int)
         self.transfers = KVTransfers(self.kv, spec, self.counts, self.engine_id, self.port, offload)
         self._prefixes = PrefixChanges()
-        note = self._prefixes.note
-        self.kv.pool.on_change = lambda found, is_held: note("device", found, is_held=is_held)
+        self.kv.pool.on_change = partial(self._prefixes.note, "device")
         if offload is not None:
-            offload.tier.on_change = lambda found, is_held: note("host", found, is_held=is_held)
+            offload.tier.on_change = partial(self._prefixes.note, "host")
         # A waiting request may be able to start now; the scheduler clears this.
         self.may_progress = False
         self._outputs: list[engine.Tokens | engine.RequestFinished] = []

@@ -75,6 +75,10 @@ class Lease:
     served: Fraction = Fraction(0)
     cancelled: bool = False
 
+    @property
+    def is_hashed(self) -> bool:
+        return self.checksums is not None and self.checksums.ready()
+
     def stated_checksums(self) -> list[bytes]:
         """Return each group's checksums as little-endian uint64 bytes. They must be ready."""
         assert self.checksums is not None
@@ -294,7 +298,7 @@ class PrefillSide:
             return False
         if (lease := self.leases.get(message.lease_id)) is None:
             return self.leases.how_ended(message.lease_id) is None
-        return isinstance(message, StateChecksums) and not _is_hashed(lease)
+        return isinstance(message, StateChecksums) and not lease.is_hashed
 
     def _answer(self, question: _Question, message: ToPrefillSide) -> ToDecodeSide | None:
         """Return the answer, or None: PullEnd has no answer, and a Push is answered at its end.
@@ -338,7 +342,7 @@ class PrefillSide:
             case StateChecksums():
                 # Without an open pull, too: its PullBegin may have been lost and will be repeated.
                 lease = self.leases.living(message.lease_id)
-                if not _is_hashed(lease):
+                if not lease.is_hashed:
                     raise LeaseError(
                         f"the checksums of request {message.lease_id} are not computed yet"
                     )
@@ -382,7 +386,3 @@ class PrefillSide:
             ended = PushEnded(call_id=question.message.call_id, ok=not error, error=error)
             self.send(question.identity, ended)
         self._writes = pending
-
-
-def _is_hashed(lease: Lease) -> bool:
-    return lease.checksums is not None and lease.checksums.ready()

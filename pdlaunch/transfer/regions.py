@@ -100,9 +100,6 @@ class Pieces:
     addresses: Addresses
     sizes: Addresses
 
-    def __len__(self) -> int:
-        return len(self.addresses)
-
 
 def pieces_of(
     places: Sequence[RegionPlace],

@@ -64,7 +64,7 @@ class PrefixChanges:
         self._held: dict[Tier, dict[bytes, int]] = {tier: {} for tier in TIERS}
         self._changes: dict[Tier, dict[int, bool]] = {tier: {} for tier in TIERS}
 
-    def note(self, tier: Tier, block_hash: bytes, *, is_held: bool) -> None:
+    def note(self, tier: Tier, block_hash: bytes, is_held: bool) -> None:
         held = self._held[tier]
         if is_held:
             key = self.names.get(block_hash)

@@ -11,6 +11,7 @@ communication).
 import contextlib
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any, Literal, NewType
 
 import numpy as np
@@ -39,7 +40,15 @@ class CudaMemoryDriver:
 
     def __init__(self, device_index: int, bindings: Any = None) -> None:
         """Raises ConfigError without cuda.bindings, DriverRefused if a device maps no memory."""
-        self._driver: Any = bindings or _import_bindings()
+        try:
+            self._driver: Any = bindings or import_module("cuda.bindings.driver")
+        except ImportError:
+            raise ConfigError(
+                "enable_cumem_allocator needs the package cuda-bindings, which is not installed",
+                field="enable_cumem_allocator",
+                value=True,
+                fix="pip install 'pdlaunch[cuda]', or switch CuMem allocator and sleep mode off",
+            ) from None
         self._device = self._call("cuDeviceGet", device_index)
         self._location = self._driver.CUmemLocation()
         self._location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -217,16 +226,3 @@ def touch_pages(memory: mmap.mmap) -> None:
 def address_of(memory: mmap.mmap) -> int:
     """Return the address of the first byte, valid while ``memory`` is alive."""
     return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
-
-
-def _import_bindings() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        raise ConfigError(
-            "enable_cumem_allocator needs the package cuda-bindings, which is not installed",
-            field="enable_cumem_allocator",
-            value=True,
-            fix="pip install 'pdlaunch[cuda]', or switch the CuMem allocator and sleep mode off",
-        ) from None
-    return driver

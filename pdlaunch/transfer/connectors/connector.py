@@ -252,7 +252,6 @@ class PushingConnector(Connector):
     def _start(self, memory: LocalMemory) -> None:
         """Start the library. May change the current CUDA device. Raises TransferError."""
 
-    @abstractmethod
     def _stop(self) -> None:
         """Undo ``_start``. Never raises."""
 

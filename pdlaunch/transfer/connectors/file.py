@@ -68,9 +68,6 @@ class FileConnector(PushingConnector):
         assert directory is not None, "checked by KVTransferSettings"
         self.store = FileStore(directory, self._settings.size_limit)
 
-    def _stop(self) -> None:
-        """Keep the files for debugging."""
-
     def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
         data = memory.scratch
         if blocks:

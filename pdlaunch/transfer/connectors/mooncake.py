@@ -101,8 +101,8 @@ class MooncakeConnector(PushingConnector):
             here = pieces_of(memory.kv.places, memory.kv.groups, blocks, heads)
         if not np.array_equal(there.sizes, here.sizes):
             raise TransferError(
-                f"{len(here)} pieces of {here.sizes.sum()} bytes do not fit the target's "
-                f"{len(there)} pieces of {there.sizes.sum()} bytes"
+                f"{len(here.sizes)} pieces of {here.sizes.sum()} bytes do not fit the target's "
+                f"{len(there.sizes)} pieces of {there.sizes.sum()} bytes"
             )
         remote, local, lengths = (column.tolist() for column in merge(there, here))
         code = self.engine.batch_transfer_sync_write(wanted.segment, local, remote, lengths)
