@@ -23,16 +23,9 @@ from typing import Any
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.errors import RequestError
+from pdlaunch.protocol import kv_params
 from pdlaunch.protocol.engine_link import KVSetup
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
-from pdlaunch.protocol.kv_params import (
-    KVTransferParams,
-    PdlaunchParams,
-    RemoteKV,
-    TokenOutput,
-    from_wire,
-    to_wire,
-)
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
 
 _logger = logging.getLogger(__name__)
@@ -169,7 +162,7 @@ class Scheduling:
     def _may_lend(self, request: Any) -> bool:
         return bool(request.prompt_token_ids) and self._params(request).do_remote_decode
 
-    def _num_lent(self, request: Any, remote: RemoteKV) -> int:
+    def _num_lent(self, request: Any, remote: kv_params.RemoteKV) -> int:
         """Return how many tokens of a prompt a prefill engine has computed, for decode."""
         # The prompt may end with prefill's token, which has no lent block.
         return min(remote.num_tokens, int(request.num_prompt_tokens) - int(self._keeps_states))
@@ -189,7 +182,7 @@ class Scheduling:
         )
         self._commands.append(grant)
         self.grant(grant)
-        remote = RemoteKV(
+        remote = kv_params.RemoteKV(
             engine_id=self.setup.id_of(self.dp_rank),
             lease_id=lease_id,
             host=self.setup.advertise_address,
@@ -200,14 +193,14 @@ class Scheduling:
             lease_s=lease_s,
         )
         if self._keeps_states:
-            return to_wire(remote, None)
-        token = TokenOutput(token_id=request.output_token_ids[0])
-        return to_wire(remote, PdlaunchParams(first_tokens=[token]))
+            return kv_params.to_wire(remote, None)
+        token = kv_params.TokenOutput(token_id=request.output_token_ids[0])
+        return kv_params.to_wire(remote, kv_params.PdlaunchParams(first_tokens=[token]))
 
     def _pull(
         self,
         request: Any,
-        remote: RemoteKV,
+        remote: kv_params.RemoteKV,
         tables: Sequence[Sequence[int]] | None,
         num_cached: int,
     ) -> None:
@@ -265,15 +258,15 @@ class Scheduling:
         tokens = list(request.prompt_token_ids or ())[:num_tokens]
         return TokenHasher(root, self._hash_tokens).prompt_hashes(tokens, len(tokens))
 
-    def _remote(self, request: Any) -> RemoteKV | None:
+    def _remote(self, request: Any) -> kv_params.RemoteKV | None:
         return self._params(request).remote_kv if request.prompt_token_ids else None
 
-    def _params(self, request: Any) -> KVTransferParams:
+    def _params(self, request: Any) -> kv_params.KVTransferParams:
         """Return what a request asks for: nothing, if its params cannot be read."""
         if not request.kv_transfer_params:
-            return KVTransferParams()
+            return kv_params.KVTransferParams()
         try:
-            return from_wire(request.kv_transfer_params)
+            return kv_params.from_wire(request.kv_transfer_params)
         except RequestError as error:
             _logger.warning("request %s is computed here: %s", request.request_id, error)
-            return KVTransferParams()
+            return kv_params.KVTransferParams()

@@ -23,18 +23,8 @@ from pdlaunch.engine.memory.pools import KV_CACHE, DeviceKVMemory, MemoryPools
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.counters import COUNTERS
+from pdlaunch.protocol import engine_link
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady, SleepState, ToSupervisor
-from pdlaunch.protocol.engine_link import (
-    KVSetup,
-    PullFailure,
-    RankUp,
-    ToWorker,
-    dp_engine,
-    engine_of_rank,
-    from_engine,
-    rank_name,
-    to_worker,
-)
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.process.bootstrap import ControlClient
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility
@@ -88,7 +78,7 @@ class Worker:
 
     def __init__(
         self,
-        setup: KVSetup,
+        setup: engine_link.KVSetup,
         layout: VllmLayout,
         *,
         dp_rank: int,
@@ -114,16 +104,17 @@ class Worker:
         self._woken = threading.Event()  # set if the transfer thread has events
         self._has_results = False  # the last ``take`` returned ended pulls
         self._device = layout.kv.device
-        engine, engine_id = dp_engine(setup.name, dp_rank, setup.dp_size), setup.id_of(dp_rank)
-        name = rank_name(engine, tp_rank)
+        engine_id = setup.id_of(dp_rank)
+        engine = engine_link.dp_engine(setup.name, dp_rank, setup.dp_size)
+        name = engine_link.rank_name(engine, tp_rank)
         self._context = SecureContext(setup.keys)
         self._link = ControlClient(
             self._context,
             setup.link,
             name,
             self._on_message,
-            encode=from_engine.encode,
-            decode=to_worker.decode,
+            encode=engine_link.from_engine.encode,
+            decode=engine_link.to_worker.decode,
         )
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         connector = new_connector(settings, name, setup.incarnation)
@@ -179,7 +170,7 @@ class Worker:
         self._transfer = transfer
         transfer.update_registry(self._peers)
         self._link.send(
-            RankUp(
+            engine_link.RankUp(
                 tp_rank=tp_rank,
                 tp_size=tp_size,
                 dp_rank=dp_rank,
@@ -312,14 +303,16 @@ class Worker:
             "request %s does not use KV blocks of %s: %s", event.pull_id, engine, event.error
         )
         if engine and event.blames_pair:
-            failure = PullFailure(peer_engine=engine_of_rank(engine), error=event.error)
+            failure = engine_link.PullFailure(
+                peer_engine=engine_link.engine_of_rank(engine), error=event.error
+            )
             self._link.send(failure)
 
     def _add(self, **figures: float) -> None:
         for name, value in figures.items():
             self._figures[name] = self._figures.get(name, 0.0) + value
 
-    def _on_message(self, message: ToWorker) -> None:
+    def _on_message(self, message: engine_link.ToWorker) -> None:
         if isinstance(message, GrantLease):
             self._grant(message)
             return
