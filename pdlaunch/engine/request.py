@@ -299,9 +299,6 @@ class Batch:
         self._sampled: list[Request] = []
         self._step_id = 0
 
-    def seat(self, request: Request) -> None:
-        request.row = self.free_rows.pop()
-
     def unseat(self, request: Request) -> None:
         """Free the request's row. In the next plan, the ranks free it before they add new rows."""
         assert request.row is not None

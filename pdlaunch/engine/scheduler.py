@@ -244,7 +244,7 @@ class Scheduler:
         self._queues.move(request, Phase.RUNNING)
         device, host, remote = request.cached_tokens
         request.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
-        self._batch.seat(request)
+        request.row = self._batch.free_rows.pop()
         num_tokens = min(step.room(request, request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)

@@ -33,7 +33,7 @@ from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import HandshakeReply, Refused
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
 from pdlaunch.transfer.connectors.connector import LocalMemory
-from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
+from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, write_pattern
 from pdlaunch.transfer.handshake import DecodeSetup, TransferSetup, geometry_of, is_source
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
@@ -68,7 +68,8 @@ class TransferSides:
         self._socket = socket
         self._emit = emit
         self._releases_peers = False
-        scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv.device))
+        is_cpu = setup.kv.device.type == "cpu"
+        scratch = setup.kv_memory.zeros(SCRATCH_BYTES if is_cpu else DEVICE_SCRATCH_BYTES)
         # Peers read the pattern to prove the path. The pattern is derived from the agent's name, so
         # that memory of another rank or an earlier incarnation has another pattern.
         write_pattern(scratch, connector.agent_name)
@@ -219,13 +220,10 @@ class TransferThread:
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"
         )
         self._socket = PrefillSocket(setup.context, tcp_endpoint(setup.host, 0))
+        self.endpoint = self._socket.endpoint
         self._setup = setup
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
-
-    @property
-    def endpoint(self) -> str:
-        return self._socket.endpoint
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         if commands:

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.server.choice import Choice
-from pdlaunch.engine.server.rank_link import RankLink
+from pdlaunch.engine.server.rank_link import OfNoRequest, RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, json_response
@@ -291,7 +291,7 @@ class EngineService:
                     await asyncio.sleep(LEASE_POLL_S)
                     await self.read_stats()
 
-    def receive(self, message: Welcome | EngineStats | SleepReply | KVBlocks) -> None:
+    def receive(self, message: OfNoRequest) -> None:
         match message:
             case Welcome(num_blocks=number):
                 self.metrics.stats = EngineStats(num_blocks=number, num_free_blocks=number)

@@ -25,6 +25,7 @@ _STATS_CALL = -1  # key of the future of the next EngineStats
 # None: the rank died or was replaced while it worked on the request
 RankEvent = engine.Tokens | engine.RequestFinished | None
 Sink = Callable[[RankEvent], None]
+OfNoRequest = engine.Welcome | engine.EngineStats | engine.SleepReply | KVBlocks
 
 
 class RankLink:
@@ -38,9 +39,7 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        on_message: Callable[
-            [engine.Welcome | engine.EngineStats | engine.SleepReply | KVBlocks], None
-        ],
+        on_message: Callable[[OfNoRequest], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``on_message`` gets messages of no request, and replies to an earlier server."""

@@ -35,11 +35,6 @@ NEARLY = 0.95
 StartRead = Callable[[str], tuple[Read, torch.Tensor]]
 
 
-def scratch_bytes(device: torch.device) -> int:
-    """Return the size of the scratch for a rank on ``device``."""
-    return SCRATCH_BYTES if device.type == "cpu" else DEVICE_SCRATCH_BYTES
-
-
 def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
     """Fill [num_bytes] uint8 with this incarnation's pattern, so that peers see stale mappings."""
     scratch.view(-1, PATTERN_BYTES).copy_(_row(agent_name))
