@@ -315,10 +315,10 @@ def plan_loads(
         return [_trace_load(options, max_model_len, rng)]
     for num_tokens in options.input_tokens:
         if max_model_len is not None and num_tokens + options.output_tokens > max_model_len:
+            tokens = f"{num_tokens} prompt tokens and {options.output_tokens} output tokens"
+            fix = "request fewer tokens, or serve the model with a larger --max-model-len"
             raise PdlaunchError(
-                f"{num_tokens} prompt tokens and {options.output_tokens} output tokens exceed "
-                f"max_model_len {max_model_len} of {model!r}: request fewer tokens, or serve the "
-                "model with a larger --max-model-len"
+                f"{tokens} exceed max_model_len {max_model_len} of {model!r}: {fix}"
             )
     return [load for number in options.input_tokens for load in _loads_of(options, number, rng)]
 

@@ -112,11 +112,11 @@ def _gaps(report: Report) -> list[str]:
         # The transport of pairs is missing in every check: ``serve`` measures it.
         if item.needs != ("transport",):
             by_facts[item.needs, item.reason].append(item.rule)
-    return [
-        f"{', '.join(rules)} {'needs' if len(rules) == 1 else 'need'} {' and '.join(needs)}: "
-        f"{safe(reason)}"
-        for (needs, reason), rules in by_facts.items()
-    ]
+    lines = []
+    for (needs, reason), rules in by_facts.items():
+        verb = "needs" if len(rules) == 1 else "need"
+        lines.append(f"{', '.join(rules)} {verb} {' and '.join(needs)}: {safe(reason)}")
+    return lines
 
 
 def _print_json(report: Report, *, ok: bool, assumed: AssumedMachine | None = None) -> None:

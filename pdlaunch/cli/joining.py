@@ -20,18 +20,11 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
+from pdlaunch.launch.hosts import join as join_file
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError, allowed_executables
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Lost, Reported
 from pdlaunch.launch.hosts.agent_messages import Join
-from pdlaunch.launch.hosts.join import (
-    JoinKeys,
-    JoinTicket,
-    held_join_file,
-    joined_host,
-    new_join_keys,
-    read_ticket,
-    write_join_files,
-)
+from pdlaunch.launch.hosts.join import JoinKeys
 from pdlaunch.launch.hosts.placement import ray_cluster, slurm
 from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.host import find_engine_command, recorded_environ
@@ -92,7 +85,7 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     # The task's own configuration allows executables: the user who started the task wrote it.
     allowed = choose_engine(config, environ).config.engine_executables
     name = environ["SLURMD_NODENAME"]
-    _serve_sessions(read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
+    _serve_sessions(join_file.read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
 
 
 @contextlib.contextmanager
@@ -119,11 +112,11 @@ def joined_agents(
         fix = "set --control-address to the address at which other hosts reach this host"
         raise ConfigError(why, field="control_address", fix=fix)
     with contextlib.ExitStack() as stack:
-        keys = stack.enter_context(held_join_file(path, config.control_port))
+        keys = stack.enter_context(join_file.held_join_file(path, config.control_port))
         # Written after the channel listens, because the join file contains its port.
         channel = _listen(keys, address, names, config, log_dir)
         stack.callback(channel.close)
-        write_join_files(path, keys, channel.endpoint)
+        join_file.write_join_files(path, keys, channel.endpoint)
         say(f"waiting for {', '.join(names)} at {channel.endpoint}")
         if config.placement == "hosts":
             command = f"pdlaunch agent --join {path} --name NAME"
@@ -139,24 +132,18 @@ def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) ->
         chosen = choose_engine(config, os.environ).config  # agents allow its executables
         bundles = ray_cluster.ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
-        actors = stack.enter_context(
-            ray_cluster.placed_actors(
-                ray, bundles, config.placement_strategy, config.join_timeout_s, say
-            )
-        )
-        keys = new_join_keys(config.control_port)
+        strategy, timeout_s = config.placement_strategy, config.join_timeout_s
+        placed = ray_cluster.placed_actors(ray, bundles, strategy, timeout_s, say)
+        actors = stack.enter_context(placed)
+        keys = join_file.new_join_keys(config.control_port)
         address = config.control_address or str(ray.util.get_node_ip_address())
         channel = _listen(keys, address, names, config, log_dir)
         # Undone in reverse: first the watch over Ray's actors, then the agents, then their channel.
         stack.callback(channel.close)
         stack.callback(ray_cluster.stop_agents, ray, actors)
-        stack.enter_context(
-            ray_cluster.kept_agents(
-                ray, actors, channel.endpoint, keys.server.public, channel.admit
-            )
-        )
-        advice = "look at the logs of its actor in Ray"
-        yield _joined(channel, names, config.join_timeout_s, advice)
+        endpoint, public = channel.endpoint, keys.server.public
+        stack.enter_context(ray_cluster.kept_agents(ray, actors, endpoint, public, channel.admit))
+        yield _joined(channel, names, timeout_s, "look at the logs of its actor in Ray")
 
 
 def _listen(
@@ -176,7 +163,7 @@ def _joined(channel: AgentChannel, names: Sequence[str], timeout_s: float, advic
         for event in channel.take():
             match event:
                 case Join() as join:
-                    joined[join.name] = joined_host(join)
+                    joined[join.name] = join_file.joined_host(join)
                     say(f"{join.name} has joined from {join.address}")
                 case Lost(name=name, reason=reason):
                     joined.pop(name, None)
@@ -221,7 +208,7 @@ def agent(
     with steady_output(), ending_at_errors():
         check_platform()
         stdin = [standard_input()] if stop_on_stdin_eof else []
-        ticket = read_ticket(join)
+        ticket = join_file.read_ticket(join)
         with SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
             allowed, own_name = allow_executable or (), name or socket.gethostname()
@@ -229,7 +216,7 @@ def agent(
 
 
 def _serve_sessions(
-    ticket: JoinTicket,
+    ticket: join_file.JoinTicket,
     name: str,
     allowed: Sequence[str],
     stops: list[int],
