@@ -21,9 +21,8 @@ from pdlaunch.errors import StartupError as StartupError
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.machine.probe import probe_machine
-from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import fetch_weights, read_models
-from pdlaunch.planning.plan import Plan
+from pdlaunch.planning.plan import Plan, planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 # Extra time for the steps of a launch before and after its own ``startup_timeout_s``

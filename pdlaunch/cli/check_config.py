@@ -28,8 +28,8 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines import kind_of
 from pdlaunch.launch.places import transport_of
 from pdlaunch.machine.facts import VISIBLE_DEVICES
-from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
+from pdlaunch.planning.plan import planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.protocol.control import PairReady
 

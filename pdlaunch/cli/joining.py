@@ -31,8 +31,8 @@ from pdlaunch.machine.host import find_engine_command, recorded_environ
 from pdlaunch.machine.network import address_towards, default_address
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import choose_engine
+from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 JOIN_FILE = "join.json"

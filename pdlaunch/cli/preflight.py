@@ -20,7 +20,7 @@ from pdlaunch.launch.engines import kind_of
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, AssumedMachine, find_machine
-from pdlaunch.planning.hosts import count_ranks
+from pdlaunch.planning.plan import count_ranks
 from pdlaunch.planning.resolve import ResolvedLaunch
 
 _ASSUME = f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and similar)."

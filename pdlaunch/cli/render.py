@@ -27,8 +27,8 @@ from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render import manifests
-from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
+from pdlaunch.planning.plan import ResolvedHost, planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")

@@ -40,8 +40,8 @@ from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch, new_lo
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.network import listening
-from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
+from pdlaunch.planning.plan import planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_engines, resolve_on
 from pdlaunch.protocol.process.run_dirs import new_launch_id, running_launches
 from pdlaunch.protocol.status import DeploymentStatus

@@ -29,7 +29,7 @@ from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.planning.hosts import settled
+from pdlaunch.planning.plan import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
@@ -69,15 +69,14 @@ def launch(
     launch_id: str,
     log_dir: Path,
     lifeline: int | None = None,
-    is_strict: bool = False,
+    is_strict: bool = False,  # refuse slow pairs
     agents: AgentChannel | None = None,
     joined: Sequence[str] = (),
 ) -> LaunchOutcome:
     """Convert models, start all processes, serve until a stop is requested, stop all processes.
 
-    Call ``check_platform`` and ``resolved.require_startable`` first. ``listeners`` are closed once
-    no router will accept connections. ``lifeline``: a descriptor whose end of file requests a stop.
-    ``is_strict``: refuse slow pairs. ``joined``: hosts whose ``agents`` have joined. Raises
+    ``listeners`` are closed once no router will accept connections. ``lifeline``: a descriptor
+    whose end of file requests a stop. ``joined``: hosts whose ``agents`` have joined. Raises
     StartupError and ConfigError if a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name

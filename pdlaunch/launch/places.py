@@ -19,9 +19,8 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines import EngineKind, kind_of
 from pdlaunch.launch.state import EngineChange, Unit
-from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models
-from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.plan import ProcessSpec, ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.roles import EnginePlace, Key, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PairReady, PlannedChange, PlannedEngine

@@ -206,11 +206,7 @@ def probe_port(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Listen at ``port`` of all addresses of ``host`` until the block ends; yield the sockets.
-
-    Port 0 is a free port, the same for all addresses. Children inherit the sockets only if they
-    are passed explicitly. Raises StartupError with the reason if an address cannot be used.
-    """
+    """Listen at ``port`` (0: any) of all addresses of ``host``. Raises StartupError."""
     with contextlib.ExitStack() as stack:
         listeners: list[socket.socket] = []
         try:

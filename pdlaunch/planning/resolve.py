@@ -13,9 +13,8 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sources import shown_config
 from pdlaunch.machine.facts import Machine
-from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.models import Model, choose_engine, read_models
-from pdlaunch.planning.plan import mask_environment
+from pdlaunch.planning.plan import ResolvedHost, mask_environment, one_host
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine, Places, place_roles
 

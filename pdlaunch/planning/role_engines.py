@@ -25,8 +25,8 @@ from pdlaunch.engine.kvcache.groups import (
 from pdlaunch.machine.facts import VISIBLE_DEVICES, Gpu, Machine, VisibleGpus, visible_gpus
 from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.footprint import Footprint, outline_of_shape, weights_of_rank
-from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
+from pdlaunch.planning.plan import DeviceKind, ResolvedHost
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from pdlaunch.config.hosts import PlacementStrategy
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.planning.hosts import DeviceKind, ResolvedHost, is_same_machine
 from pdlaunch.planning.models import Model
+from pdlaunch.planning.plan import DeviceKind, ResolvedHost, is_same_machine
 from pdlaunch.planning.role_engines import RoleEngines, device_kind, visible_on
 
 

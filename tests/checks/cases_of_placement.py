@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.checks.rule import Context, make_context
-from pdlaunch.planning.hosts import ResolvedHost, settled
+from pdlaunch.planning.plan import ResolvedHost, settled
 from pdlaunch.planning.resolve import resolve_on
 from tests.checks.contexts import CPU, GPU, Case, on
 

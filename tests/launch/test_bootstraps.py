@@ -9,7 +9,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import kind_of, plan_processes
 from pdlaunch.machine.network import listening
-from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.planning.resolve import resolve_on
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ClientKey
 from pdlaunch.protocol.sockets import new_launch_keys

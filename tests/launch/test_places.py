@@ -14,7 +14,7 @@ from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Observed, Pairs
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.planning.resolve import resolve, resolve_on
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import ChangeEngines

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model
+from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.planning.resolve import resolve_on
 from pdlaunch.planning.roles import Room, place_engines
 

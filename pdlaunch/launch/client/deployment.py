@@ -77,17 +77,13 @@ def running_deployment(
     arguments: Sequence[str] = (),
     *,
     environ: Mapping[str, str] | None = None,
-    log_dir: str | None = None,
+    log_dir: str | None = None,  # by default, in a temporary folder
     host: str = "127.0.0.1",
     port: int | None = None,
     timeout_s: float = 300.0,
-    is_tls: bool = False,
+    is_tls: bool = False,  # ``arguments`` have a certificate for ``host``
 ) -> Iterator[Deployment]:
-    """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
-
-    ``is_tls``: ``arguments`` have a certificate for ``host``. ``log_dir``: by default a temporary
-    folder. Raises StartupError with the output if it ends or is not healthy in time.
-    """
+    """Start ``pdlaunch serve``, wait until it is healthy, stop it later. Raises StartupError."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
         sink = stack.enter_context((folder / OUTPUT).open("wb"))

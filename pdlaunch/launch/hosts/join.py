@@ -22,7 +22,7 @@ import zmq
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.agent_messages import Join
-from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.protocol.process.run_dirs import take_lock
 from pdlaunch.protocol.sockets import LaunchKeys
 

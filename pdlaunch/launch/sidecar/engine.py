@@ -229,10 +229,8 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     """Hold a port for the side channel of vLLM's own connector; return the holding socket. vLLM
     does not accept port 0 and waits without limit for a busy port. Raises StartupError.
 
-    The engine listens there about a minute after its start. Until then, the socket keeps UCX, other
-    engines and programs that request a free port from getting this one.
-
-    ``ports``: first and last allowed port, ``21000-21999``; empty, or on loopback: any port.
+    The engine listens there about a minute after its start. ``ports``: first and last allowed port,
+    ``21000-21999``; empty, or on loopback: any port.
     """
     wanted = [0]
     if ports and not is_loopback(host):
