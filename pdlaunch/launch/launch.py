@@ -31,15 +31,9 @@ from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.plan import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.run_dirs import (
-    CONTROL_SOCKET,
-    LAUNCH_ID,
-    is_locked,
-    new_run_dir,
-    take_lock,
-)
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 
 logger = logging.getLogger(__name__)
@@ -96,11 +90,11 @@ def launch(
     keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (
         keep_logs(log_dir),
-        new_run_dir() as run_dir,
+        run_dirs.new_run_dir() as run_dir,
         contextlib.closing(SecureContext(keys)) as context,
         contextlib.closing(EnginePorts()) as engine_ports,
     ):
-        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir / CONTROL_SOCKET}")
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir / run_dirs.CONTROL_SOCKET}")
         bootstraps = Bootstraps(kind, keys, endpoint, run_dir, launch_id, listeners)
         places = EnginePlaces(resolved, kind, {here, *joined})
         of_host = (control, log_dir, engine_ports)
@@ -201,13 +195,13 @@ def keep_logs(log_dir: Path) -> Iterator[None]:
     with (log_dir / SUPERVISOR_LOG).open("ab") as log:
         # If this fails, another launch with this folder holds the lock, and so keeps the folder.
         with contextlib.suppress(OSError):
-            take_lock(log.fileno())
+            run_dirs.take_lock(log.fileno())
         yield
 
 
 def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     """Remove old log folders of launches that have ended; return the removed folders."""
-    named = (path for path in folder.iterdir() if LAUNCH_ID.fullmatch(path.name))
+    named = (path for path in folder.iterdir() if run_dirs.LAUNCH_ID.fullmatch(path.name))
     launches = sorted(path for path in named if not path.is_symlink())
     old = [path for path in launches[:-num_kept] if not _is_kept(path)]
     for path in old:
@@ -217,6 +211,6 @@ def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
 
 def _is_kept(log_dir: Path) -> bool:
     try:
-        return is_locked(log_dir / SUPERVISOR_LOG)
+        return run_dirs.is_locked(log_dir / SUPERVISOR_LOG)
     except FileNotFoundError:
         return False

@@ -10,14 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+import prometheus_client as prometheus
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -36,12 +29,12 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
 
 # Without ``_created`` samples: Prometheus would store each as a series of its own.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-def render_metrics(registry: CollectorRegistry) -> bytes:
+def render_metrics(registry: prometheus.CollectorRegistry) -> bytes:
     """Return the metrics of a registry in Prometheus's text format."""
-    return generate_latest(registry)
+    return prometheus.generate_latest(registry)
 
 
 def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
@@ -54,17 +47,20 @@ class RequestMetrics(Collector):
     """Counts requests, tokens and latencies as clients of a process see them. Not thread-safe."""
 
     def __init__(
-        self, registry: CollectorRegistry, labels: Mapping[str, str], prefix: str = "pdlaunch_"
+        self,
+        registry: prometheus.CollectorRegistry,
+        labels: Mapping[str, str],
+        prefix: str = "pdlaunch_",
     ) -> None:
         names, values = tuple(labels), tuple(labels.values())
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> prometheus.Histogram:
+            return prometheus.Histogram(
                 f"{prefix}{name}", text, names, registry=registry, buckets=buckets
             ).labels(*values)
 
-        def counter(name: str, text: str, *more: str) -> Counter:
-            return Counter(f"{prefix}{name}", text, (*names, *more), registry=registry)
+        def counter(name: str, text: str, *more: str) -> prometheus.Counter:
+            return prometheus.Counter(f"{prefix}{name}", text, (*names, *more), registry=registry)
 
         self._prefix = prefix
         self._names, self._values = names, values
@@ -72,7 +68,7 @@ class RequestMetrics(Collector):
             "request_success", "Finished requests by reason.", "finished_reason"
         )
         self._failed = counter("request_errors", "Refused or failed requests.", "status")
-        self.in_flight: Gauge = Gauge(
+        self.in_flight: prometheus.Gauge = prometheus.Gauge(
             f"{prefix}http_requests_in_flight", "Requests being answered.", names, registry=registry
         ).labels(*values)
         self.time_to_first_token = histogram(

@@ -16,12 +16,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.vllm_arguments import long_name
-from pdlaunch.engine.kvcache.groups import (
-    KVCacheLayout,
-    make_groups,
-    min_blocks,
-    num_kv_heads_of_rank,
-)
+from pdlaunch.engine.kvcache import groups
 from pdlaunch.machine.facts import VISIBLE_DEVICES, Gpu, Machine, VisibleGpus, visible_gpus
 from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.footprint import Footprint, outline_of_shape, weights_of_rank
@@ -243,9 +238,9 @@ class RoleEngines:
             rows = min(self.settings.max_num_seqs, num_tokens)
             activations = num_tokens * inner * size + rows * shape.vocab_size * 4
         # The rank makes the same layout, so it counts the same number of blocks.
-        layout = KVCacheLayout(
-            make_groups(shape.layer_windows),
-            num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, self.tp_size),
+        layout = groups.KVCacheLayout(
+            groups.make_groups(shape.layer_windows),
+            num_kv_heads=groups.num_kv_heads_of_rank(shape.num_kv_heads, self.tp_size),
             head_dim=shape.head_dim,
             block_size=self.settings.block_size,
             dtype_bytes=size,
@@ -255,7 +250,7 @@ class RoleEngines:
             weight_bytes=weights_of_rank(shape, self.tp_size) * size,
             activation_bytes=activations,
             kv_bytes_for=lambda num_tokens: (
-                min_blocks(windows, layout.block_size, num_tokens) * layout.block_bytes
+                groups.min_blocks(windows, layout.block_size, num_tokens) * layout.block_bytes
             ),
             layout=layout,
             max_model_len=max_model_len,

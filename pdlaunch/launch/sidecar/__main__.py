@@ -37,23 +37,8 @@ from pdlaunch.http.engine_calls import (
 )
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised, run_supervised
+from pdlaunch.launch.sidecar import engine
 from pdlaunch.launch.sidecar.door import Door
-from pdlaunch.launch.sidecar.engine import (
-    SIDE_CHANNEL_HOST,
-    EngineOutput,
-    HeadlessNode,
-    SidecarOptions,
-    connector_environment,
-    end_of,
-    engine_environment,
-    guard_group,
-    hold_side_channel,
-    read_pinned,
-    start_engine,
-    stop_engine,
-    with_events_at,
-    write_setup,
-)
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents, listen_for_routers
 from pdlaunch.launch.sidecar.pairs import EngineLink, EnginePairs
 from pdlaunch.machine.network import foreign_listener
@@ -76,7 +61,7 @@ Found = Literal["works", "idle", "hangs"]
 class SidecarProcess:
     """Runs one vLLM engine. Create it inside a running event loop, and call ``run`` once."""
 
-    def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
+    def __init__(self, supervised: Supervised, options: engine.SidecarOptions) -> None:
         self._supervised = supervised
         self._options = options
         bootstrap = supervised.bootstrap
@@ -98,18 +83,18 @@ class SidecarProcess:
             self._link = EngineLink(
                 supervised.context, bootstrap, connector, over_hosts=options.spans_hosts
             )
-        self._output = EngineOutput()
+        self._output = engine.EngineOutput()
         self._model_files: dict[str, str] = {}  # name -> digest, before the start of vLLM
         self._registered_url = self._url  # the URL of the door, once it is open
         self._capabilities = msgspec.structs.replace(
             bootstrap.capabilities, takes_launch_token=self._door is not None
         )
         ports = "" if spec is None else spec.data_ports
-        host = os.environ.get(SIDE_CHANNEL_HOST, ENGINE_HOST)
-        self._side_channel = None if self._link else hold_side_channel(host, ports)
+        host = os.environ.get(engine.SIDE_CHANNEL_HOST, ENGINE_HOST)
+        self._side_channel = None if self._link else engine.hold_side_channel(host, ports)
         # Holds the master port, at which vLLM's ranks on all hosts of the engine meet.
         address = options.value("--master-addr")
-        self._meeting = hold_side_channel(address, ports) if options.spans_hosts else None
+        self._meeting = engine.hold_side_channel(address, ports) if options.spans_hosts else None
         self._master_port = 0 if self._meeting is None else self._meeting.getsockname()[1]
         self._is_ready = False
         self._probe: asyncio.Task[None] | None = None  # requests one token of an idle engine
@@ -132,11 +117,11 @@ class SidecarProcess:
             reason = self._options.unverified
             _logger.warning("pulled KV blocks are used without proof: %s", reason)
         # Compute digests before vLLM reads the files; ``_become_ready`` compares them.
-        self._model_files = await read_pinned(self._options, self._supervised.bootstrap)
+        self._model_files = await engine.read_pinned(self._options, self._supervised.bootstrap)
         if not model_digest(self._model_files):
             _logger.warning("vLLM downloads the model itself: changes of its files are not noticed")
         command = self._command()
-        child = await start_engine(command, self._environment())
+        child = await engine.start_engine(command, self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         kv_events = [
@@ -167,22 +152,24 @@ class SidecarProcess:
             if self._door is not None:
                 await self._door.close()
             await self._api.close()
-            await stop_engine(child)
+            await engine.stop_engine(child)
 
     def _command(self) -> tuple[str, ...]:
         where = () if self._port else ("--uds", str(self._socket_path))
         events = f"ipc://{self._run_dir / self._name}.inproc"
         port = ("--master-port", str(self._master_port)) if self._master_port else ()
-        return (*with_events_at(self._options.command, events), *where, *port)
+        return (*engine.with_events_at(self._options.command, events), *where, *port)
 
     def _environment(self) -> dict[str, str]:
-        own = engine_environment(self._run_dir, self._key, self._side_channel)
+        own = engine.engine_environment(self._run_dir, self._key, self._side_channel)
         bootstrap = self._supervised.bootstrap
         if self._link is None or bootstrap.connector is None:
             return own
         digest = model_digest(self._model_files)
-        setup = write_setup(bootstrap, bootstrap.connector, self._link.endpoint, digest)
-        return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
+        setup = engine.write_setup(bootstrap, bootstrap.connector, self._link.endpoint, digest)
+        return own | engine.connector_environment(
+            self._run_dir, setup, os.environ.get("PYTHONPATH", "")
+        )
 
     def _register(self, *, listens: bool = True) -> None:
         link, engine_id = self._link, EngineId("")
@@ -198,7 +185,7 @@ class SidecarProcess:
         self._supervised.inbox.put_nowait(StartupError(reason))
 
     async def _fail_with(self, child: asyncio.subprocess.Process) -> None:
-        self._fail(end_of(self._options, await child.wait(), self._output))
+        self._fail(engine.end_of(self._options, await child.wait(), self._output))
 
     async def _drain(self, timeout_s: float) -> None:
         with contextlib.suppress(ProtocolError, TimeoutError):
@@ -372,11 +359,11 @@ async def _serve(supervised: Supervised) -> None:
     parser.add_argument("--hang-timeout", type=float, default=0.0)
     found = parser.parse_args(sys.argv[1:own_end])
     command = tuple(sys.argv[own_end + 1 :])
-    options = SidecarOptions(command, found.exact, found.hang_timeout, found.unverified)
-    process = HeadlessNode if "--headless" in options.command else SidecarProcess
+    options = engine.SidecarOptions(command, found.exact, found.hang_timeout, found.unverified)
+    process = engine.HeadlessNode if "--headless" in options.command else SidecarProcess
     await process(supervised, options).run()
 
 
 if __name__ == "__main__":
-    guard = guard_group()
+    guard = engine.guard_group()
     sys.exit(run_supervised(_serve))

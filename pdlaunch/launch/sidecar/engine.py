@@ -18,15 +18,7 @@ import msgspec
 
 import pdlaunch
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.config.model_files.weights import (
-    changes,
-    model_digest,
-    named_digests,
-    refuse_changes,
-    sampled_digests,
-    text_digests,
-    weight_digests,
-)
+from pdlaunch.config.model_files import weights
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.machine.network import with_device_names
@@ -74,14 +66,16 @@ class SidecarOptions:
         folder = Path(self.command[2])  # vllm serve MODEL
         others: dict[str, str] = {}
         for path in self._named_paths():
-            others |= named_digests(path)
+            others |= weights.named_digests(path)
         if not folder.is_dir():
-            return others | (sampled_digests(folder) if folder.is_file() else {})
+            return others | (weights.sampled_digests(folder) if folder.is_file() else {})
         try:
-            weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
+            digests = weights.weight_digests(folder, dummy=self.value("--load-format") == "dummy")
         except (ConfigError, OSError, ValueError):
-            weights = sampled_digests(folder)  # vLLM reads formats that native engines do not
-        return others | weights | text_digests(folder)
+            digests = weights.sampled_digests(
+                folder
+            )  # vLLM reads formats that native engines do not
+        return others | digests | weights.text_digests(folder)
 
     def _named_paths(self) -> Iterator[Path]:
         """Yield the local files and folders that flags name, also in JSON and as NAME=PATH."""
@@ -114,7 +108,7 @@ class SidecarOptions:
 async def read_pinned(options: SidecarOptions, bootstrap: Bootstrap) -> dict[str, str]:
     """Return the digests of the model's files. Raises ConfigError if the launch pinned others."""
     files = await asyncio.to_thread(options.model_files)
-    refuse_changes(bootstrap.pinned or files, files)
+    weights.refuse_changes(bootstrap.pinned or files, files)
     return files
 
 
@@ -360,7 +354,9 @@ class HeadlessNode:
         first, run_dir = await self._first, Path(bootstrap.run_dir)
         environment = engine_environment(run_dir, None)
         if bootstrap.connector is not None:
-            setup = write_setup(bootstrap, bootstrap.connector, first.link, model_digest(files))
+            setup = write_setup(
+                bootstrap, bootstrap.connector, first.link, weights.model_digest(files)
+            )
             python_path = os.environ.get("PYTHONPATH", "")
             environment |= connector_environment(run_dir, setup, python_path)
         port = ("--master-port", str(first.master_port))
@@ -369,7 +365,7 @@ class HeadlessNode:
         try:
             await asyncio.wait((end, serves), return_when=asyncio.FIRST_COMPLETED)
             if not end.done():
-                if changed := changes(files, await asyncio.to_thread(options.model_files)):
+                if changed := weights.changes(files, await asyncio.to_thread(options.model_files)):
                     return f"the model has changed while vLLM was starting: {changed}"
                 self._supervised.send(Ready(model=files))
             return end_of(options, await end, self._output)

@@ -30,22 +30,9 @@ from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.engine import SidecarOptions, remove_setup
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.machine.ucx_log import ReadTransports, path_over
+from pdlaunch.protocol import engine_link
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady, PairSuspect, Registry
-from pdlaunch.protocol.engine_link import (
-    ConnectorSpec,
-    FromEngine,
-    FromWorker,
-    Peers,
-    PullFailure,
-    RankUp,
-    dp_engine,
-    dp_size_of,
-    engine_of_rank,
-    from_engine,
-    rank_name,
-    to_worker,
-)
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import SecureContext
@@ -61,7 +48,7 @@ class EngineLink:
         self,
         context: SecureContext,
         bootstrap: Bootstrap,
-        spec: ConnectorSpec,
+        spec: engine_link.ConnectorSpec,
         *,
         over_hosts: bool = False,
     ) -> None:
@@ -78,7 +65,7 @@ class EngineLink:
             port = int(self.endpoint.rpartition(":")[2])
             self.endpoint = tcp_endpoint(spec.advertise_address, port)
         # Both by data parallel and tensor parallel rank
-        self._ranks: dict[tuple[int, int], RankUp] = {}
+        self._ranks: dict[tuple[int, int], engine_link.RankUp] = {}
         self._workers: dict[tuple[int, int], bytes] = {}  # ZMQ identities
         self._peers: Sequence[Entry] | None = None  # None: workers did not get peers yet
         self.all_up = asyncio.Event()
@@ -106,7 +93,7 @@ class EngineLink:
         """Return the names of all ranks, ordered by data parallel rank and tensor parallel rank."""
         spec, name = self._spec, self._bootstrap.name
         return [
-            rank_name(dp_engine(name, dp_rank, spec.dp_size), tp_rank)
+            engine_link.rank_name(engine_link.dp_engine(name, dp_rank, spec.dp_size), tp_rank)
             for dp_rank in range(spec.dp_size)
             for tp_rank in range(self.tp_size)
         ]
@@ -116,19 +103,19 @@ class EngineLink:
         num_ranks = self.dp_size * self.tp_size
         return f"{len(self._ranks)} of {num_ranks} ranks exchange KV blocks"
 
-    async def receive(self) -> FromWorker:
+    async def receive(self) -> engine_link.FromWorker:
         """Return the next message of a worker. Raises ProtocolError if its engine_id is wrong."""
         while True:
             identity, frame = await self._socket.recv_multipart()
             try:
-                message: FromEngine = from_engine.decode(frame)
+                message: engine_link.FromEngine = engine_link.from_engine.decode(frame)
             except ProtocolError as error:
                 _logger.warning("%r: %s", identity[:80], error)
                 continue
             if isinstance(message, GrantLease):
                 await self._grant(identity, frame)
                 continue
-            if isinstance(message, RankUp):
+            if isinstance(message, engine_link.RankUp):
                 await self._take_rank(identity, message)
             return message
 
@@ -142,7 +129,7 @@ class EngineLink:
         self._socket.close()
         remove_setup(self._bootstrap)
 
-    async def _take_rank(self, identity: bytes, rank: RankUp) -> None:
+    async def _take_rank(self, identity: bytes, rank: engine_link.RankUp) -> None:
         key, wanted = (rank.dp_rank, rank.tp_rank), self._spec.id_of(rank.dp_rank)
         self._ranks[key], self._workers[key] = rank, identity
         if rank.engine_id != wanted:
@@ -160,7 +147,7 @@ class EngineLink:
                 await self._socket.send_multipart([identity, frame])
 
     async def _send_peers(self, identity: bytes) -> None:
-        frame = to_worker.encode(Peers(entries=list(self._peers or ())))
+        frame = engine_link.to_worker.encode(engine_link.Peers(entries=list(self._peers or ())))
         await self._socket.send_multipart([identity, frame])
 
 
@@ -212,16 +199,17 @@ class EnginePairs:
                 self._doubt(peer, f"{peer[0]} sleeps")
         self._prove()
 
-    def take(self, message: PairReady | PairFailed | PullFailure) -> None:
+    def take(self, message: PairReady | PairFailed | engine_link.PullFailure) -> None:
         match message:
             case PairReady(local=local, peer=rank, peer_incarnation=incarnation):
-                self._rank_pairs[engine_of_rank(rank), incarnation][local, rank] = message
+                name = engine_link.engine_of_rank(rank)
+                self._rank_pairs[name, incarnation][local, rank] = message
             case PairFailed(local=local, peer=rank):
                 for pairs in self._rank_pairs.values():
                     pairs.pop((local, rank), None)
-                names = {"local": self._name, "peer": engine_of_rank(rank)}
+                names = {"local": self._name, "peer": engine_link.engine_of_rank(rank)}
                 self.supervised.send(msgspec.structs.replace(message, **names))
-            case PullFailure(peer_engine=engine, error=reason):
+            case engine_link.PullFailure(peer_engine=engine, error=reason):
                 self._failed_pulls[engine].append(reason)
         self._prove()
 
@@ -252,7 +240,7 @@ class EnginePairs:
 
     def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
         pairs = self._rank_pairs.get(peer, {}).values()
-        return slowest(pairs, link.names, dp_size_of(self._peers[peer]))
+        return slowest(pairs, link.names, engine_link.dp_size_of(self._peers[peer]))
 
     async def _send_canary(self, peer: Peer) -> Proof:
         bootstrap, options = self.supervised.bootstrap, self.options
@@ -275,7 +263,7 @@ class EnginePairs:
 
     def _dp_pairs(self, peer: Peer) -> list[tuple[int, int] | None]:
         """Return all pairs of data parallel ranks, prefill first; [None] if both have only one."""
-        theirs = dp_size_of(self._peers[peer])
+        theirs = engine_link.dp_size_of(self._peers[peer])
         ours = 1 if self.link is None else self.link.dp_size
         if theirs == ours == 1:
             return [None]

@@ -4,14 +4,7 @@ import re
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+import pydantic
 
 from pdlaunch.errors import RequestError
 
@@ -38,10 +31,12 @@ R = TypeVar("R", bound="RequestBody")
 Values = dict[str, tuple[object, ...]]
 
 
-class RequestBody(BaseModel):
+class RequestBody(pydantic.BaseModel):
     """Checks known fields strictly and ignores unknown ones; ``null`` means the default."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="ignore", strict=True, frozen=True, allow_inf_nan=False
+    )
 
     # Unsupported fields of the API, each with the values that are accepted, besides ``null``,
     # because they change nothing.
@@ -49,16 +44,16 @@ class RequestBody(BaseModel):
     HINTS: ClassVar[frozenset[str]] = frozenset()  # fields that are ignored, whatever their value
     PLACE: ClassVar[str] = ""  # path of this object in a body, without indices: ``messages.``
 
-    _ignored: tuple[str, ...] = PrivateAttr(())
+    _ignored: tuple[str, ...] = pydantic.PrivateAttr(())
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
         """Return the paths of the body's unknown fields, including those of nested objects."""
         return self._ignored
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _take_known(cls, body: object, info: ValidationInfo) -> object:
+    def _take_known(cls, body: object, info: pydantic.ValidationInfo) -> object:
         """Drop nulls, hints and unknown fields. Raises RequestError for unsupported fields."""
         if not isinstance(body, dict):
             return body
@@ -88,7 +83,7 @@ def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
     ignored: dict[str, None] = {}
     try:
         request = kind.model_validate(body, context=ignored)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise _request_error(error) from None
     request._ignored = tuple(ignored)
     return request
@@ -153,7 +148,7 @@ def _member(raw: bytes, name: str) -> bytes:
         return b""
 
 
-def _request_error(error: ValidationError) -> RequestError:
+def _request_error(error: pydantic.ValidationError) -> RequestError:
     """Return pydantic's first error, with the path in OpenAI's form: ``messages[0].role``."""
     first = error.errors(include_url=False)[0]
     path = ""

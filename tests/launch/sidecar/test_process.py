@@ -13,9 +13,9 @@ from msgspec import structs
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.launch.sidecar.__main__ import SidecarOptions, SidecarProcess
+from pdlaunch.launch.sidecar.__main__ import SidecarProcess
 from pdlaunch.launch.sidecar.door import Door
-from pdlaunch.launch.sidecar.engine import HeadlessNode
+from pdlaunch.launch.sidecar.engine import HeadlessNode, SidecarOptions
 from pdlaunch.protocol.control import (
     MODEL_CHANGED,
     Address,
