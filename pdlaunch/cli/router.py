@@ -103,7 +103,6 @@ def _spec(
         listener.detach()  # the router closes them
     watch = WatchSettings(
         served_model_name=model,
-        kind=kind,
         capabilities=capabilities_over_http(kind),
         is_exact=config.dtype == "float32",
     )

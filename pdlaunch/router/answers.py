@@ -16,7 +16,7 @@ from pdlaunch.http.headers import ROUTE_HEADER, ignored_fields_header
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
-from pdlaunch.router.client_request import ClientRequest, PromptRequest
+from pdlaunch.router.client_request import ClientRequest, PromptRequest, StreamFields
 from pdlaunch.router.continuation import Transcript
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.policy import Route
@@ -37,7 +37,11 @@ class ClientAnswer:
 
     def __post_init__(self) -> None:
         request, endpoint = self._request, self._request.endpoint
-        self.takes_tokens = self._stream is not None and not request.continuous_usage
+        options = request.fields.stream_options or StreamFields()
+        self._has_usage = bool(options.include_usage)  # the last chunk of a stream has the usage
+        # Each chunk of a stream has the usage so far.
+        self._is_continuous = self._has_usage and bool(options.continuous_usage_stats)
+        self.takes_tokens = self._stream is not None and not self._is_continuous
         self._clock = self.record.clock = RequestClock(self._metrics)
         self._head = {
             "id": endpoint.id_prefix + request.request_id,
@@ -79,8 +83,8 @@ class ClientAnswer:
         chunk |= self._head
         if not self._sends_ids:
             chunk["choices"] = [one for one in chunk["choices"] if _says_something(one)]
-        if self._request.include_usage:
-            chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
+        if self._has_usage:
+            chunk["usage"] = transcript.usage() if self._is_continuous else None
         if chunk["choices"]:
             if not self._stream.has_begun:
                 self._stream.response.headers.update(self._headers())
@@ -95,7 +99,7 @@ class ClientAnswer:
         chunk |= self._head
         if not self._sends_ids:
             del chunk["choices"][0]["token_ids"]
-        if self._request.include_usage:
+        if self._has_usage:
             chunk["usage"] = None
         event = encode_event(chunk)
         if more_follows or self._held:
@@ -116,7 +120,7 @@ class ClientAnswer:
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)
         if self._stream is not None:
-            if self._request.include_usage:
+            if self._has_usage:
                 self._held.append(encode_event(self._head | {"choices": [], "usage": usage}))
             await self._stream.end(b"".join([*self._held, DONE]))
             return self._stream.response

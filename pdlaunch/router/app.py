@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -56,6 +56,7 @@ from pdlaunch.router.client_request import (
     read_client_request,
 )
 from pdlaunch.router.clients import Client
+from pdlaunch.router.continuation import Transcript
 from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
@@ -86,8 +87,6 @@ OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)  # need no key; the p
 CLOSE_TIMEOUT_S = 1.0  # time for clients to read the error that the router shuts down
 # Engines get at most this many characters of a client's request id, and then a suffix.
 MAX_HOP_ID_LENGTH = 160
-
-T = TypeVar("T")
 
 
 class RouterApp:
@@ -291,12 +290,11 @@ def _admin_key_check(key: str | None) -> KeyCheck:
         return bearer_check([key], message=message, code="invalid_admin_api_key")
 
     def refuse(_: web.Request) -> None:
-        raise RequestError(
+        message = (
             "commands work only at the launch's admin socket (`pdlaunch sleep` finds it); set "
-            "admin_api_key to allow them here",
-            status=403,
-            code="admin_api_key_unset",
+            "admin_api_key to allow them here"
         )
+        raise RequestError(message, status=403, code="admin_api_key_unset")
 
     return refuse
 
@@ -314,7 +312,7 @@ def _hop_id(request_id: HttpRequestId) -> HopId:
     return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
 
 
-async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def _together(works: Sequence[Coroutine[Any, Any, Transcript]]) -> list[Transcript]:
     """Run all ``works`` concurrently. The first error cancels the others and is raised."""
     if len(works) == 1:
         return [await works[0]]

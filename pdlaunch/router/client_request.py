@@ -139,12 +139,11 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
         # Prefill cannot check this: it gets ``max_tokens=1``.
         if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
-            raise RequestError(
+            message = (
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens={self.max_tokens} exceed "
-                f"this model's maximum context length of {limit} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
+                f"this model's maximum context length of {limit} tokens"
             )
+            raise RequestError(message, param="max_tokens", code="context_length_exceeded")
 
 
 class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,8 +152,6 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     fields: ClientFields
     prompts: list[PromptRequest]
-    include_usage: bool  # the last chunk of a stream has the usage
-    continuous_usage: bool  # each chunk of a stream has the usage so far
 
     @property
     def num_output_tokens(self) -> int:
@@ -216,15 +213,12 @@ def read_client_request(
                 asks_token_ids=not (is_vllm and echoes) or bool(fields.return_token_ids),
             )
         )
-    options = fields.stream_options or StreamFields()
     return ClientRequest(
         endpoint=endpoint,
         request_id=request_id,
         model=fields.model or served_model_name,
         fields=fields,
         prompts=prompts,
-        include_usage=bool(options.include_usage),
-        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
     )
 
 

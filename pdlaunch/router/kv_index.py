@@ -135,9 +135,8 @@ class KVFollower:
             self._tasks[key] = asyncio.ensure_future(self._read(wanted[key]))
 
     async def close(self) -> None:
-        tasks, self._tasks = list(self._tasks.values()), {}
-        for task in tasks:
-            task.cancel()
+        tasks = [*self._tasks.values()]
+        self.update(())
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, engine: Engine) -> None:

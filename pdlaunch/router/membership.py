@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pdlaunch import __version__
 from pdlaunch.config.external import RunningEngine, RunningEngines, named
 from pdlaunch.config.problems import InvalidConfigError
-from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.config.roles import Role
 from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, ProtocolError, RequestError
 from pdlaunch.http.canary import Canaries, CanaryDied, Proof, send_canary
@@ -54,7 +54,6 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
     served_model_name: str
-    kind: EngineName
     capabilities: control.Capabilities  # of engines of this kind
     is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
     poll_s: float = POLL_S
@@ -125,7 +124,7 @@ class WatchedEngine:
             if name not in models:
                 return f"it serves {', '.join(models) or 'no model'}, not {name}"
             version = await api.version(ASK_TIMEOUT_S)
-            if self.settings.kind == "native" and version != __version__:
+            if not self.settings.capabilities.is_vllm and version != __version__:
                 return f"it is pdlaunch {version}, but this router is {__version__}"
             self.capabilities = with_version(self.settings.capabilities, version)
             # An engine without sleep mode logs each such request, so ask it only once.
@@ -373,7 +372,7 @@ class WatchedMembership:
         roles = {watched.member.role for watched in self._watched.values()}
         needed = [prefill, decode] if roles == {"prefill", "decode"} else [self._ready]
         can_serve = not any(self._ready.isdisjoint(names) for names in needed)
-        paths = {True: f"canary/{self.settings.kind}", False: "canary, unchecked"}
+        paths = {True: f"canary/{self.settings.capabilities.kind}", False: "canary, unchecked"}
         proven = [
             control.PairReady(
                 local=decode_name,

@@ -289,7 +289,6 @@ class Alone:
         self.metrics = RouterMetrics("m")
         settings = WatchSettings(
             served_model_name="m",
-            kind="vllm",
             capabilities=capabilities_over_http("vllm"),
             is_exact=True,
             poll_s=0.01,
