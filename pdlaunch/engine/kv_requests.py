@@ -21,16 +21,10 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.offload.planner import HostHit, JobFinished, OffloadJob, OffloadPlanner
 from pdlaunch.engine.request import Phase, Request
+from pdlaunch.protocol import transfer
 from pdlaunch.protocol.engine import FinishReason
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.transfer import (
-    CancelPull,
-    GrantLease,
-    PullFinished,
-    StartPull,
-    TransferCommand,
-)
 
 
 @dataclass(slots=True)
@@ -57,7 +51,7 @@ class KVTransfers:
 
     def __post_init__(self) -> None:
         # Commands and jobs that have not been sent to the ranks yet, oldest first.
-        self.commands: list[TransferCommand] = []
+        self.commands: list[transfer.TransferCommand] = []
         self.jobs: list[OffloadJob] = []
         self.leases: dict[LeaseId, list[list[int]]] = {}
         # Pulls in flight by pull_id, loads in flight by job_id.
@@ -83,7 +77,7 @@ class KVTransfers:
         leased = self.kv.lease(request.tables, num_tokens)
         self.leases[lease_id] = leased.block_ids
         self.commands.append(
-            GrantLease(
+            transfer.GrantLease(
                 lease_id=lease_id,
                 block_ids=leased.block_ids,
                 first_block_index=leased.first,
@@ -148,7 +142,7 @@ class KVTransfers:
         remote = request.message.remote_kv
         assert remote is not None
         self.commands.append(
-            StartPull(
+            transfer.StartPull(
                 pull_id=pull_id,
                 request_id=request.request_id,
                 remote=remote,
@@ -161,7 +155,7 @@ class KVTransfers:
         )
         return pull_id
 
-    def finish_pull(self, event: PullFinished) -> Incoming | None:
+    def finish_pull(self, event: transfer.PullFinished) -> Incoming | None:
         """Adopt, free or quarantine the pull's blocks. Return the pull; None for an unknown id."""
         pull = self._end(event.pull_id, ok=event.ok, writes=event.in_flight)
         if pull is not None and event.in_flight:
@@ -237,7 +231,7 @@ class KVTransfers:
         incoming.request = None
         self.kv.release_hit(incoming.hit)
         if request.phase is Phase.PULLING:
-            self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
+            self.commands.append(transfer.CancelPull(pull_id=PullId(str(request.incoming))))
 
     def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
         # Share before allocating, because an allocation may reuse cached blocks that nobody owns.

@@ -24,17 +24,10 @@ from pdlaunch.engine.kvcache.prefix_keys import PrefixChanges, PrefixKeys, root_
 from pdlaunch.engine.offload.planner import JobFinished, OffloadPlanner
 from pdlaunch.engine.request import Batch, Phase, Request, RequestQueues
 from pdlaunch.observe.counters import HISTOGRAMS
-from pdlaunch.protocol import engine
+from pdlaunch.protocol import engine, transfer
 from pdlaunch.protocol.ids import EngineId, RequestId, lease_of
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
-from pdlaunch.protocol.transfer import (
-    EndLease,
-    LeaseEnded,
-    PullDrained,
-    PullFinished,
-    TransferEvent,
-)
 
 
 class Histograms:
@@ -77,7 +70,7 @@ class Histograms:
             per_token_s = (last_at - first_at) / (request.num_drawn - 1)
             self.observe("request_time_per_output_token_seconds", per_token_s)
 
-    def pulled(self, event: PullFinished) -> None:
+    def pulled(self, event: transfer.PullFinished) -> None:
         labels = (event.prefill, event.path)
         self.observe("kv_pull_seconds", event.seconds, labels)
         self.observe("kv_pull_bytes", event.num_bytes, labels)
@@ -207,7 +200,7 @@ class RequestLifecycle:
         if request_id in self.queues.by_id:
             self._finish(self.queues.by_id[request_id], "abort")
         elif (lease_id := lease_of(request_id)) in self.transfers.leases:
-            self.transfers.commands.append(EndLease(lease_id=lease_id))
+            self.transfers.commands.append(transfer.EndLease(lease_id=lease_id))
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""
@@ -220,18 +213,18 @@ class RequestLifecycle:
 
     # Events of the connectors and of the host tier, already merged over all TP ranks
 
-    def on_transfer_event(self, event: TransferEvent) -> None:
+    def on_transfer_event(self, event: transfer.TransferEvent) -> None:
         self.may_progress = True
         match event:
-            case LeaseEnded():
+            case transfer.LeaseEnded():
                 self.counts["kv_leases_expired"] += event.reason == "expired"
                 self.transfers.end_lease(event.lease_id)
-            case PullFinished():
+            case transfer.PullFinished():
                 self._on_pull_finished(event)
-            case PullDrained():
+            case transfer.PullDrained():
                 self.transfers.drained(event.pull_id)
 
-    def _on_pull_finished(self, event: PullFinished) -> None:
+    def _on_pull_finished(self, event: transfer.PullFinished) -> None:
         pull = self.transfers.finish_pull(event)
         if pull is None:
             return
@@ -256,7 +249,7 @@ class RequestLifecycle:
         else:
             self.counts["kv_recomputed_requests"] += 1
 
-    def _count_pull(self, event: PullFinished) -> None:
+    def _count_pull(self, event: transfer.PullFinished) -> None:
         counts = self.counts
         if event.ok:
             counts["kv_transfers"] += 1

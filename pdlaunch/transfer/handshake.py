@@ -29,15 +29,9 @@ from pdlaunch.config.roles import Role
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.errors import HandshakeError
+from pdlaunch.protocol import side_channel
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.side_channel import (
-    PROTOCOL_VERSION,
-    Compatibility,
-    Geometry,
-    HandshakeReply,
-    RegionPlace,
-)
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory, memory_kind
@@ -74,10 +68,10 @@ def compatibility_of(
     model_digest: str,
     total_kv_heads: int,
     connector: str,
-) -> Compatibility:
+) -> side_channel.Compatibility:
     """Return the values that must be equal at both ranks of a pair."""
-    return Compatibility(
-        protocol_version=PROTOCOL_VERSION,
+    return side_channel.Compatibility(
+        protocol_version=side_channel.PROTOCOL_VERSION,
         pdlaunch_version=__version__,
         model_digest=model_digest,
         dtype=spec.dtype,
@@ -92,10 +86,10 @@ def compatibility_of(
     )
 
 
-def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
+def geometry_of(memory: LocalMemory, first_kv_head: int) -> side_channel.Geometry:
     """Return the addresses and sizes of this rank's KV cache and scratch."""
     kind, device_index = memory_kind(memory.scratch)
-    return Geometry(
+    return side_channel.Geometry(
         regions=memory.kv.places,
         num_blocks=memory.kv.num_blocks,
         num_kv_heads=memory.kv.num_heads,
@@ -119,11 +113,13 @@ def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
     return "; ".join(described)
 
 
-def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str) -> None:
+def compare(
+    ours: side_channel.Compatibility, theirs: side_channel.Compatibility, *, local: str, peer: str
+) -> None:
     """Raise a HandshakeError that lists each differing field with both values, if there are any."""
     differences = [
         f"{field}: {local} has {getattr(ours, field)!r}, {peer} has {getattr(theirs, field)!r}"
-        for field in (info.name for info in msgspec.structs.fields(Compatibility))
+        for field in (info.name for info in msgspec.structs.fields(side_channel.Compatibility))
         if getattr(ours, field) != getattr(theirs, field)
     ]
     if differences:
@@ -216,7 +212,7 @@ class TransferSetup:
     identity: RankIdentity
     role: Role
     settings: KVTransferSettings
-    compatibility: Compatibility
+    compatibility: side_channel.Compatibility
     kv: KVRegions  # must outlive the last READ of the process
     kv_memory: KVMemory  # allocates the KV cache and the scratch
     first_kv_head: int
@@ -263,7 +259,7 @@ def native_setup(
 @dataclass(frozen=True, slots=True)
 class DecodeSetup:
     identity: RankIdentity  # this rank
-    compatibility: Compatibility
+    compatibility: side_channel.Compatibility
     memory: LocalMemory
     first_kv_head: int
     connector: Connector
@@ -283,7 +279,7 @@ class DecodeSetup:
         )
 
 
-def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
+def check_geometry(reply: side_channel.HandshakeReply, setup: DecodeSetup) -> None:
     """Raise HandshakeError if the peer's geometry does not fit its TP rank or our head sizes."""
     geometry = reply.geometry
     heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
@@ -313,6 +309,6 @@ def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
             )
 
 
-def _counted(places: Sequence[RegionPlace]) -> str:
+def _counted(places: Sequence[side_channel.RegionPlace]) -> str:
     sizes = Counter(place.head_bytes for place in places)
     return ", ".join(f"{size} ({count} regions)" for size, count in sizes.items())

@@ -102,10 +102,7 @@ class Pieces:
 
 
 def pieces_of(
-    places: Sequence[RegionPlace],
-    groups: Sequence[Sequence[int]],
-    blocks: BlockIds,
-    heads: range,
+    places: Sequence[RegionPlace], groups: Sequence[Sequence[int]], blocks: BlockIds, heads: range
 ) -> Pieces:
     """Return the pieces of ``heads`` of these blocks, group by group and region by region."""
     addresses, sizes = [], []

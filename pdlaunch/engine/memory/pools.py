@@ -176,13 +176,6 @@ class CuMemPools(MemoryPools):
     def sleeping_tags(self) -> frozenset[str]:
         return frozenset(self._sleeping_tags)
 
-    def num_bytes(self, tag: str | None = None) -> int:
-        """Return the total size of the address ranges of a tag, or of all tags."""
-        with self._lock:
-            return sum(
-                found.num_bytes for found in self._allocations.values() if tag in (None, found.tag)
-            )
-
     def allocate(self, num_bytes: int, tag: str) -> int:
         """Allocate an address range with physical memory. Raises MemoryPoolError."""
         with self._lock:

@@ -14,6 +14,7 @@ of 2.4 s (transformers 5.23, torch 2.13), and a rank needs 120 MiB less memory:
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
@@ -73,7 +74,8 @@ class _Finder(MetaPathFinder):
         if fullname == _AVAILABILITY:
             spec = PathFinder.find_spec(fullname, path)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Patched(spec.loader)
+                execute = partial(_execute_lean, spec.loader.exec_module)
+                spec.loader.exec_module = execute  # type: ignore[method-assign]
             return spec
         # The real module has just replaced its stand-in, and has loaded this submodule.
         if fullname.startswith(f"{_DYNAMO}.") and fullname in sys.modules:
@@ -89,23 +91,15 @@ class _Loaded(Loader):
         pass  # it has been executed already
 
 
-class _Patched(Loader):
-    """Loads transformers' checks of available packages, and replaces three of its functions."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        for name in ("is_torch_distributed_available", "is_accelerate_available"):
-            if hasattr(module, name):
-                setattr(module, name, lambda *_arguments, **_options: False)
-        name = "create_import_structure_from_path"
+def _execute_lean(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Load transformers' checks of available packages, and replace three of its functions."""
+    execute(module)
+    for name in ("is_torch_distributed_available", "is_accelerate_available"):
         if hasattr(module, name):
-            setattr(module, name, _names_of_auto_classes(getattr(module, name)))
+            setattr(module, name, lambda *_arguments, **_options: False)
+    name = "create_import_structure_from_path"
+    if hasattr(module, name):
+        setattr(module, name, _names_of_auto_classes(getattr(module, name)))
 
 
 def _names_of_auto_classes(

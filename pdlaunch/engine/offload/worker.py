@@ -70,9 +70,8 @@ class HostMemory:
         register: Callable[[int, int], int] = register_pages,
         unregister: Callable[[int], None] = unregister_pages,
     ) -> None:
-        self._block_bytes = block_bytes
-        self._stride = bytes_on_host(block_bytes)
-        self._num_bytes = num_bytes = num_blocks * self._stride
+        stride = bytes_on_host(block_bytes)
+        self._num_bytes = num_bytes = num_blocks * stride
         if num_bytes > memory_bytes():
             raise self._refusal(f"this machine has {memory_bytes()}")
         try:
@@ -80,7 +79,7 @@ class HostMemory:
         except OSError as error:
             raise self._refusal(f"allocating them failed: {error}") from error
         self.memory = torch.frombuffer(region, dtype=torch.uint8)
-        self.place = RegionPlace(self.memory.data_ptr(), self._stride, block_bytes)
+        self.place = RegionPlace(self.memory.data_ptr(), stride, block_bytes)
         # Unpins the memory. All copies must have ended.
         self.close: Callable[[], None] = lambda: None
         if pin:
@@ -91,8 +90,8 @@ class HostMemory:
             self.close = partial(unregister, self.place.address)
 
     def block(self, host_id: int) -> torch.Tensor:
-        start = host_id * self._stride
-        return self.memory[start : start + self._block_bytes]
+        start = host_id * self.place.stride_bytes
+        return self.memory[start : start + self.place.head_bytes]
 
     def _refusal(self, reason: str) -> ConfigError:
         return ConfigError(
@@ -189,10 +188,7 @@ class CopyQueue:
     def _copy_all(self, job: OffloadJob) -> None:
         ours, theirs = (
             pieces_of([place], [(0,)], [block_ids], range(1))
-            for place, block_ids in (
-                (self._place, job.block_ids),
-                (self.host.place, job.host_ids),
-            )
+            for place, block_ids in ((self._place, job.block_ids), (self.host.place, job.host_ids))
         )
         pair = (theirs, ours) if self.direction == "store" else (ours, theirs)
         self.copy(*merge(*pair))

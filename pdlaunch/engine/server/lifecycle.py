@@ -37,13 +37,7 @@ from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
-from pdlaunch.protocol.control import (
-    Address,
-    Drained,
-    Progress,
-    Ready,
-    Registry,
-)
+from pdlaunch.protocol.control import Address, Drained, Progress, Ready, Registry
 from pdlaunch.protocol.engine import CheckIntegrity
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest

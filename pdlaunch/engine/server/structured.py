@@ -20,10 +20,7 @@ from typing import Any
 from msgspec import UNSET
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-)
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import CalledFunction, CalledTool
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
