@@ -13,6 +13,7 @@ from typing import cast
 import msgspec
 
 from pdlaunch.config.model_files.weights import only_text
+from pdlaunch.launch import state
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines import with_peers
 from pdlaunch.launch.events import Event
@@ -20,26 +21,14 @@ from pdlaunch.launch.hosts.local import LocalHost, MessageReceived
 from pdlaunch.launch.observe import observe
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
-from pdlaunch.launch.state import (
-    Action,
-    Chore,
-    Desired,
-    ForgetEngine,
-    Goal,
-    Instance,
-    Observed,
-    Pairs,
-    SendMessage,
-    SendSignal,
-    Start,
-    Timing,
-)
 from pdlaunch.launch.status import LaunchPhase, Observer
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol import control
 
 
-def next_registry(current: control.Registry, wanted: Desired, seen: Observed) -> control.Registry:
+def next_registry(
+    current: control.Registry, wanted: state.Desired, seen: state.Observed
+) -> control.Registry:
     """Return the next version of the registry, or the current one if nothing has changed."""
     listed = (_entry(process, wanted, seen) for process in seen.processes())
     entries = [entry for entry in listed if entry is not None]
@@ -56,31 +45,33 @@ def next_registry(current: control.Registry, wanted: Desired, seen: Observed) ->
     )
 
 
-def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry | None:
+def _entry(
+    process: state.Instance, wanted: state.Desired, seen: state.Observed
+) -> control.Entry | None:
     """Return the entry of a process, or None; a server that cannot work has one with the reason."""
     spec, registration = process.spec, process.registration
     # The registry has no entry for a dead process: for peers, an absent entry is a death.
-    state = cast(control.ListedState, process.state.value) if process.alive else None
+    listed = cast(control.ListedState, process.state.value) if process.alive else None
     withheld: control.Withheld = ""
     reason = ""
-    if state == "ready" and process.is_stalled:
-        state = "stalled"
-    elif state == "ready" and process.sleep_state != "awake":
-        state = process.sleep_state
+    if listed == "ready" and process.is_stalled:
+        listed = "stalled"
+    elif listed == "ready" and process.sleep_state != "awake":
+        listed = process.sleep_state
     if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
         withheld = wanted.engines[engine.name].withheld
         reason = engine.failed_for or control.why_withheld(withheld, spec.engine)
         if engine.is_given_up:
-            state, registration = "failed", None
+            listed, registration = "failed", None
             reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
         if registration is None and (engine.failed_for or withheld == "leaving"):
             # An entry without an address: routers would count an engine without an entry as lost.
             registration = control.Register(
                 name=process.name, incarnation=process.incarnation, pid=0
             )
-            if state != "starting":
-                state = "failed" if engine.failed_for else "draining"
-    if registration is None or state is None:
+            if listed != "starting":
+                listed = "failed" if engine.failed_for else "draining"
+    if registration is None or listed is None:
         return None
     return control.Entry(
         name=process.name,
@@ -95,7 +86,7 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry 
         engine_id=registration.engine_id,
         address=registration.address,
         capabilities=registration.capabilities,
-        state=state,
+        state=listed,
         reason=reason,
         peers=spec.peers if spec.kind == "server" else None,
         withheld=withheld,
@@ -127,7 +118,7 @@ class Supervisor:
     bootstraps: Bootstraps
     places: EnginePlaces
     observer: Observer
-    timing: Timing
+    timing: state.Timing
     clock: Callable[[], float]
     has_changed: bool = True  # an event has changed the state, so ``tick`` is due
     _registry: control.Registry = field(
@@ -137,14 +128,14 @@ class Supervisor:
     _sent: dict[str, tuple[list[control.Entry], list[control.PairReady]]] = field(
         default_factory=dict
     )
-    _answers: list[SendMessage] = field(default_factory=list)
+    _answers: list[state.SendMessage] = field(default_factory=list)
     _next_at: float = -math.inf
 
     def __post_init__(self) -> None:
-        pairs = Pairs(self.plan, self.places.kind)
-        self.seen = Observed(pairs, self.clock())
+        pairs = state.Pairs(self.plan, self.places.kind)
+        self.seen = state.Observed(pairs, self.clock())
         self.seen.add(self.plan.processes)
-        self.wanted = Desired(self.timing, {name: Goal() for name in self.seen.engines})
+        self.wanted = state.Desired(self.timing, {name: state.Goal() for name in self.seen.engines})
         self._ticked_at = self.clock()
 
     @property
@@ -186,7 +177,7 @@ class Supervisor:
                 process.seen_at = now
         self._ticked_at, self.has_changed = now, False
         was_ready = self.seen.was_ready
-        actions: list[Action] | None = None
+        actions: list[state.Action] | None = None
         while actions != []:
             actions, self._next_at = reconcile(self.wanted, self.seen, now)
             self._perform(actions)
@@ -225,32 +216,32 @@ class Supervisor:
             process.spec = spec
         self.seen.pairs.use(self.seen.plan())
 
-    def _perform(self, actions: Sequence[Action]) -> None:
+    def _perform(self, actions: Sequence[state.Action]) -> None:
         for action in actions:
             match action:
-                case Start(unit=name):
+                case state.Start(unit=name):
                     self._start(name)
-                case SendSignal(process=name, number=number):
+                case state.SendSignal(process=name, number=number):
                     self.host.signal(name, number)
-                case SendMessage(message=control.Answered()):
+                case state.SendMessage(message=control.Answered()):
                     self._answers.append(action)
-                case SendMessage(process=name, message=message):
+                case state.SendMessage(process=name, message=message):
                     self.host.send(name, message)
                 case control.Happened(text=text):
                     logger.info("%s", text)
                     self.observer.note(text)
                     for router in self.seen.routers:
                         self.host.send(router.name, action)
-                case ForgetEngine(engine=engine):
+                case state.ForgetEngine(engine=engine):
                     self.places.forget(engine)
                     self.bootstraps.forget(engine)
                     self.host.forget(engine)
                     self._choose_peers()
-                case Chore.ADD_ENGINES:
+                case state.Chore.ADD_ENGINES:
                     assert self.wanted.change is not None
                     self.seen.add(self.places.begin(self.wanted.change))
                     self._choose_peers()
-                case Chore.CLOSE_LISTENERS:
+                case state.Chore.CLOSE_LISTENERS:
                     for listener in self.bootstraps.listeners:
                         listener.close()
 

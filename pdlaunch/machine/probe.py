@@ -12,15 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from pdlaunch.machine import host
 from pdlaunch.machine.facts import Fact, Gpu, Machine
-from pdlaunch.machine.host import (
-    RDMA_FOLDER,
-    first_line,
-    has_native_bf16,
-    memory_bytes,
-    shared_memory,
-    usable_cpus,
-)
 
 LIBRARY = "libcuda.so.1"
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
@@ -162,18 +155,18 @@ def probe_machine() -> Machine:
     no_gpus: tuple[tuple[Gpu, ...], str] = ((), "the driver cannot be read")
     found, driver_error = ask("gpus", _find_gpus, no_gpus)
     gpus = with_free_memory(found)
-    shm_bytes, shm_free_bytes = ask("shm", shared_memory, (0, 0))
+    shm_bytes, shm_free_bytes = ask("shm", host.shared_memory, (0, 0))
     return Machine(
         system=platform.system(),
-        num_cpus=len(usable_cpus()),
-        has_native_bf16=has_native_bf16(),
-        memory_bytes=ask("memory", memory_bytes, 0),
+        num_cpus=len(host.usable_cpus()),
+        has_native_bf16=host.has_native_bf16(),
+        memory_bytes=ask("memory", host.memory_bytes, 0),
         gpus=gpus,
         has_hidden_gpus=not gpus and _has_pci_gpus(),
         driver_error=driver_error,
         shm_bytes=shm_bytes,
         shm_free_bytes=shm_free_bytes,
-        rdma_devices=tuple(sorted(path.name for path in RDMA_FOLDER.glob("*"))),
+        rdma_devices=tuple(sorted(path.name for path in host.RDMA_FOLDER.glob("*"))),
         unknown=unknown,
     )
 
@@ -188,7 +181,7 @@ def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
 def _has_pci_gpus() -> bool:
     """Return True if NVIDIA GPUs are on the PCI bus, visible or not. NIXL checks the same."""
     return any(
-        first_line(device / "vendor") == _NVIDIA
-        and first_line(device / "class").startswith(_GPU_CLASSES)
+        host.first_line(device / "vendor") == _NVIDIA
+        and host.first_line(device / "class").startswith(_GPU_CLASSES)
         for device in (PCI_DEVICES.iterdir() if PCI_DEVICES.is_dir() else ())
     )

@@ -27,7 +27,7 @@ def test_a_probe_that_fails_is_named_and_hurts_nothing_else(
     def fail() -> None:
         raise PermissionError("not for you")
 
-    monkeypatch.setattr(probe, "shared_memory", fail)
+    monkeypatch.setattr(probe.host, "shared_memory", fail)
     monkeypatch.setattr(probe, "read_gpus", fail)
     machine = probe_machine()
     reason = "PermissionError: not for you"

@@ -26,15 +26,8 @@ import msgspec
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.model_files.weights import changes, model_digest
 from pdlaunch.errors import ProtocolError, StartupError
+from pdlaunch.http import engine_calls
 from pdlaunch.http.canary import FIRST_TOKEN_ID
-from pdlaunch.http.engine_calls import (
-    UNIX,
-    VLLM_RUNNING,
-    Counts,
-    EngineApi,
-    is_vllm_busy,
-    with_version,
-)
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.launch.sidecar import engine
@@ -70,8 +63,8 @@ class SidecarProcess:
         self._socket_path = self._run_dir / f"{self._name}.sock"
         self._port = options.value("--port")  # empty: the engine listens at the Unix socket
         at_port = f"http://{options.value('--host')}:{self._port}"
-        self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
-        self._api = EngineApi(self._url, self._key)
+        self._url = at_port if self._port else f"{engine_calls.UNIX}{self._socket_path}"
+        self._api = engine_calls.EngineApi(self._url, self._key)
         self._kv_feed = KVFeed(options.dp_size)
         self._kv_socket_path = self._run_dir / f"{self._name}.kv.sock"
         self._door: Door | None = None
@@ -174,7 +167,7 @@ class SidecarProcess:
     def _register(self, *, listens: bool = True) -> None:
         link, engine_id = self._link, EngineId("")
         url = self._registered_url
-        kv_events = url if self._door else f"{UNIX}{self._kv_socket_path}"
+        kv_events = url if self._door else f"{engine_calls.UNIX}{self._kv_socket_path}"
         address = Address(http=url, kv_events=kv_events, master_port=self._master_port)
         if link is not None:
             engine_id = link.engine_id
@@ -190,7 +183,7 @@ class SidecarProcess:
     async def _drain(self, timeout_s: float) -> None:
         with contextlib.suppress(ProtocolError, TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):  # noqa: ASYNC110
+                while engine_calls.is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)
         self._supervised.send(Drained())
 
@@ -251,7 +244,7 @@ class SidecarProcess:
         # Before Ready: routers use the engine's capabilities, which depend on its version.
         try:
             version = await self._api.version(HEALTH_TIMEOUT_S)
-            self._capabilities = with_version(self._capabilities, version)
+            self._capabilities = engine_calls.with_version(self._capabilities, version)
             counts = await self._api.counts(HEALTH_TIMEOUT_S)
             self._kv_feed.num_tokens = counts.kv_cache_tokens // self._options.dp_size
         except ProtocolError as error:
@@ -337,10 +330,10 @@ class EngineHangWatch:
     _seen: tuple[float, bool] | None = None  # progress, and whether it has work
     _since_at: float = 0.0  # when ``_seen`` last changed
 
-    def look(self, counts: Counts, *, is_probed: bool) -> Found:
+    def look(self, counts: engine_calls.Counts, *, is_probed: bool) -> Found:
         """Judge the engine. ``is_probed``: it has work, even if its metrics show none."""
         now_at = self.clock()
-        has_work = is_probed or any(counts.total(name) for name in VLLM_RUNNING)
+        has_work = is_probed or any(counts.total(name) for name in engine_calls.VLLM_RUNNING)
         seen = (sum(counts.total(name) for name in _PROGRESS), has_work)
         if seen != self._seen:
             self._seen, self._since_at = seen, now_at
