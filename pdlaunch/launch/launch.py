@@ -203,14 +203,10 @@ def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     """Remove old log folders of launches that have ended; return the removed folders."""
     named = (path for path in folder.iterdir() if run_dirs.LAUNCH_ID.fullmatch(path.name))
     launches = sorted(path for path in named if not path.is_symlink())
-    old = [path for path in launches[:-num_kept] if not _is_kept(path)]
-    for path in old:
-        shutil.rmtree(path, ignore_errors=True)
+    old = []
+    for path in launches[:-num_kept]:
+        log = path / SUPERVISOR_LOG
+        if not (log.exists() and run_dirs.is_locked(log)):
+            shutil.rmtree(path, ignore_errors=True)
+            old.append(path)
     return old
-
-
-def _is_kept(log_dir: Path) -> bool:
-    try:
-        return run_dirs.is_locked(log_dir / SUPERVISOR_LOG)
-    except FileNotFoundError:
-        return False

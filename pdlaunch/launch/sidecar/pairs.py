@@ -249,25 +249,20 @@ class EnginePairs:
         # Either all engines of a launch have doors, or none.
         if bootstrap.door is not None and certificate is not None:
             api = EngineApi(url, bootstrap.keys.http_token, client_context(certificate))
+        theirs = engine_link.dp_size_of(self._peers[peer])
+        ours = 1 if self.link is None else self.link.dp_size
+        dp_pairs = [(their, our) for their in range(theirs) for our in range(ours)]
         try:
             # The slowest pair of data parallel ranks is the result for the pair of engines.
             proofs = [
                 await send_canary(
                     api, self.api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks
                 )
-                for dp_ranks in self._dp_pairs(peer)
+                for dp_ranks in (dp_pairs if len(dp_pairs) > 1 else [None])
             ]
             return min(proofs, key=lambda proof: proof.gigabytes_per_s or 0.0)
         finally:
             await api.close()
-
-    def _dp_pairs(self, peer: Peer) -> list[tuple[int, int] | None]:
-        """Return all pairs of data parallel ranks, prefill first; [None] if both have only one."""
-        theirs = engine_link.dp_size_of(self._peers[peer])
-        ours = 1 if self.link is None else self.link.dp_size
-        if theirs == ours == 1:
-            return [None]
-        return [(their, our) for their in range(theirs) for our in range(ours)]
 
     def _report(self, peer: Peer, result: Proof | CanaryDied) -> None:
         name, incarnation = peer
