@@ -78,19 +78,17 @@ class Guard:
         """Raise RequestError for a request that a foreign web page may have sent."""
         if not self._is_own_host(http):
             shown = ", ".join(http.headers.getall(hdrs.HOST, []))[:200]
-            raise RequestError(
+            message = (
                 f"Host {shown!r} is not a known name of this server; if clients should use it, "
-                "add it to the setting allowed_hosts",
-                status=421,
-                code="host_not_allowed",
+                "add it to the setting allowed_hosts"
             )
+            raise RequestError(message, status=421, code="host_not_allowed")
         if hdrs.ORIGIN in http.headers and not _is_same_origin(http):
-            raise RequestError(
+            message = (
                 f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; to "
-                "allow them, use a proxy that handles CORS and removes the header Origin",
-                status=403,
-                code="origin_not_allowed",
+                "allow them, use a proxy that handles CORS and removes the header Origin"
             )
+            raise RequestError(message, status=403, code="origin_not_allowed")
         if http.body_exists and http.content_type != "application/json":
             raise RequestError(
                 "Content-Type must be application/json", status=415, code="unsupported_media_type"
@@ -98,11 +96,10 @@ class Guard:
         encoding = http.headers.get(hdrs.CONTENT_ENCODING, "identity")
         if encoding.lower() != "identity":
             # Limits count received bytes; decompressed, a body may be a thousand times larger.
-            raise RequestError(
-                f"Content-Encoding {encoding[:100]!r} is not supported; send the body as it is",
-                status=415,
-                code="unsupported_encoding",
+            message = (
+                f"Content-Encoding {encoding[:100]!r} is not supported; send the body as it is"
             )
+            raise RequestError(message, status=415, code="unsupported_encoding")
 
     def _is_own_host(self, http: web.Request) -> bool:
         if self._any_host or http.path in HOST_FREE_PATHS:

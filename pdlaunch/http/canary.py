@@ -215,8 +215,7 @@ async def send_canary(
 def num_recomputed(answer: Mapping[str, Any]) -> int | None:
     """Return how many prompt tokens decode computed although it got their KV blocks.
 
-    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details. Raises
-    LookupError, TypeError or AttributeError for a malformed usage.
+    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details.
     """
     usage = answer.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")

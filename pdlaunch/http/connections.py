@@ -118,11 +118,9 @@ class HttpRunner(web.AppRunner):
         elif loop.time() >= self._accept_log_due_at:
             # Without free descriptors, accepts fail a thousand times a second.
             self._accept_log_due_at = loop.time() + ACCEPT_LOG_INTERVAL_S
-            _logger.error(
-                "new connections wait: %s; this process may open %d files (ulimit -n)",
-                context.get("exception"),
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            )
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            text = "new connections wait: %s; this process may open %d files (ulimit -n)"
+            _logger.error(text, context.get("exception"), limit)
 
 
 class _Connection(web.RequestHandler):

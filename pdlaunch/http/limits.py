@@ -54,17 +54,17 @@ class Admission:
         def grow(size: int, param: str) -> None:
             nonlocal held
             if size > self.limit:
-                raise RequestError(
+                message = (
                     f"{param}: {size} choices in one request, but at most {self.limit} are served "
-                    "at a time",
-                    param=param,
+                    "at a time"
                 )
+                raise RequestError(message, param=param)
             if self.in_flight + size - held > self.limit:
-                raise OverloadedError(
+                message = (
                     f"{self.in_flight} requests of all clients are in flight; at most {self.limit} "
-                    "are served at a time",
-                    code="too_many_requests",
+                    "are served at a time"
                 )
+                raise OverloadedError(message, code="too_many_requests")
             self.in_flight += size - held
             held = size
 
@@ -181,13 +181,12 @@ class BodyBudget:
                 raise RequestError(message, status=413, code="body_too_large")
             most = self.max_bytes * (1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE)
             if num_bytes > held and self.held_bytes + num_bytes - held > most:
-                raise OverloadedError(
+                message = (
                     f"bodies of requests in flight hold {self.held_bytes} bytes; another one of "
                     f"{num_bytes} bytes would exceed their limit of {most:.0f}, which follows from "
-                    "limits.max_body_bytes",
-                    status=503,
-                    code="too_many_bytes_in_flight",
+                    "limits.max_body_bytes"
                 )
+                raise OverloadedError(message, status=503, code="too_many_bytes_in_flight")
             self.held_bytes += max(0, num_bytes - held)
             held = max(held, num_bytes)
 
@@ -212,12 +211,11 @@ async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
                 body += piece
         return bytes(body)
     except TimeoutError:
-        raise RequestError(
+        message = (
             f"only {len(body)} bytes of the body arrived; send all of it within "
-            f"{BODY_TIMEOUT_S:g} s, without pauses of {BODY_SILENCE_S:g} s",
-            status=408,
-            code="body_timeout",
-        ) from None
+            f"{BODY_TIMEOUT_S:g} s, without pauses of {BODY_SILENCE_S:g} s"
+        )
+        raise RequestError(message, status=408, code="body_timeout") from None
     except web.RequestPayloadError as error:
         raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
 

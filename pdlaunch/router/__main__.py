@@ -1,7 +1,4 @@
-"""Runs the router of a launch: ``python -m pdlaunch.router --name router``.
-
-The supervisor starts it and writes a Bootstrap, which repeats the name, to its standard input.
-"""
+"""Runs the router of a launch: ``python -m pdlaunch.router --name router``."""
 
 import sys
 

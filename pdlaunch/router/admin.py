@@ -30,7 +30,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.engine_calls import Counts, is_vllm_busy
-from pdlaunch.http.errors import error_body, json_response
+from pdlaunch.http.errors import error_body, json_response, unavailable
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.protocol.control import COMMANDS, Answered, Command, RefusalCode, Restart, SetDrained
@@ -48,6 +48,7 @@ CHANGE_TIMEOUT_S = 850.0
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
+_unavailable = partial(unavailable, retry_after_s=1)
 Query = Sequence[tuple[str, str]]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 
@@ -254,10 +255,6 @@ def _engines_named(http: web.Request) -> list[str]:
 
 def _refusal(message: str, code: RefusalCode) -> RequestError:
     return RequestError(message, param="engine", status=_STATUS[code], code=code)
-
-
-def _unavailable(message: str, code: str) -> OverloadedError:
-    return OverloadedError(message, status=503, code=code)
 
 
 async def _outcome(name: str, work: Awaitable[dict[str, Any]]) -> Outcome:

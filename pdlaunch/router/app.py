@@ -61,7 +61,7 @@ from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.metrics import scrape
-from pdlaunch.router.relay import answer_prompt
+from pdlaunch.router.relay import Relay
 from pdlaunch.router.request_history import RequestHistory, record_of
 from pdlaunch.router.state import RouterState
 
@@ -237,7 +237,7 @@ class RouterApp:
         try:
             async with self._deadlines.start()():
                 prompts = request.prompts
-                answers = [answer_prompt(each, state, answer, client) for each in prompts]
+                answers = [Relay(each, state, answer).run(client) for each in prompts]
                 response = await answer.finish(await _together(answers))
                 if writer is not None and isinstance(response, web.Response):
                     return responses.whole_response(response, writer)

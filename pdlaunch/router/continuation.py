@@ -75,7 +75,7 @@ class Transcript:
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
         self._usage = Usage()
         self._has_usage = False
-        self._has_untold_tokens = False
+        self.has_untold_tokens = False  # the client has tokens whose ids are not known
         self._told: set[str] = set()
 
     @property
@@ -84,11 +84,7 @@ class Transcript:
 
     @property
     def has_tokens(self) -> bool:
-        return self._has_untold_tokens or self.num_tokens > 0
-
-    @property
-    def can_resume(self) -> bool:
-        return not self._has_untold_tokens
+        return self.has_untold_tokens or self.num_tokens > 0
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -170,7 +166,7 @@ class Transcript:
     def usage(self) -> Usage:
         """Return the first engine's count of prompt tokens, and the count of output tokens sent."""
         # vLLM hides the ids of reasoning tokens, which may be the whole answer.
-        is_hidden = self._has_untold_tokens or (self.is_done and not self.num_tokens)
+        is_hidden = self.has_untold_tokens or (self.is_done and not self.num_tokens)
         num_tokens = self._usage.completion_tokens if is_hidden else self.num_tokens
         total_tokens = self._usage.prompt_tokens + num_tokens
         return msgspec.structs.replace(
@@ -223,7 +219,7 @@ class Transcript:
             has_text = any(value for name, value in delta.items() if name != "role")
         # Text that was held back comes without tokens of its own. A choice with text but without
         # any token id cannot be resumed.
-        self._has_untold_tokens |= has_text and not told.token_ids
+        self.has_untold_tokens |= has_text and not told.token_ids
         is_end = told.finish_reason is not None
         return has_output or has_text or is_end or bool(token_ids or choice.get("logprobs"))
 
@@ -245,7 +241,8 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
         return reason
     if prompt.endpoint.is_chat and transcript.has_other_output:
         return "reasoning"
-    return "" if transcript.can_resume and transcript.prompt_token_ids else "token ids"
+    has_ids = transcript.prompt_token_ids and not transcript.has_untold_tokens
+    return "" if has_ids else "token ids"
 
 
 def request_obstacle(prompt: PromptRequest, capabilities: Capabilities) -> str:

@@ -211,6 +211,7 @@ class DeploymentView:
         links = {engines_of(pair): pair for pair in by_speed}
         num_peers = Counter(decode for _, decode in links)
         states = self._state.pool.pair_states()
+        no_history = EngineHistory(())
         return [
             PairStatus(
                 prefill=names[0],
@@ -218,19 +219,14 @@ class DeploymentView:
                 path=link.path,
                 gigabytes_per_s=link.gigabytes_per_s,
                 slow=link.slow,
-                pulls=self._pulls(*names, is_only=num_peers[names[1]] == 1),
+                pulls=self._histories.get(names[1], no_history).pulls(
+                    names[0], is_only=num_peers[names[1]] == 1
+                ),
                 last_failure=self._state.pair_failures.get(names, ""),
                 health=states.get(names, "closed"),
             )
             for names, link in sorted(links.items())
         ]
-
-    def _pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
-        """Return decode's pulls from a prefill engine; if it ``is_only``, perhaps all of them."""
-        history = self._histories.get(decode)
-        if history is None:
-            return Pulls()
-        return history.pulls(None if is_only and not history.reports_peers else prefill)
 
 
 def scan(page: str) -> Counts:
@@ -295,8 +291,10 @@ class EngineHistory:
             refused_pulls=total["refused"],
         )
 
-    def pulls(self, prefill: str | None = None) -> Pulls:
-        behind = "" if prefill is None else f"@{prefill}"
+    def pulls(self, prefill: str = "", *, is_only: bool = False) -> Pulls:
+        """Return the pulls from a prefill engine; from all if it ``is_only``, or none is named."""
+        is_told = any("@" in word for word in self._now)  # the page names prefill engines
+        behind = f"@{prefill}" if prefill and (is_told or not is_only) else ""
         words = (f"{word}{behind}" for word in ("pull_seconds", "pulled_bytes", "pulls"))
         pulling_s, moved, num_pulls = map(self._grown, words)
         span_s = self._at - self._past[0][0] if self._past else 0.0
@@ -307,10 +305,6 @@ class EngineHistory:
             bytes_per_s=moved / span_s if span_s > 0 else 0.0,
             gigabytes_per_s=moved / pulling_s / 1e9 if pulling_s > 0 else None,
         )
-
-    @property
-    def reports_peers(self) -> bool:
-        return any("@" in word for word in self._now)
 
     def _grown(self, word: str) -> float:
         before = self._past[0][1] if self._past else {}

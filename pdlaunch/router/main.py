@@ -308,9 +308,6 @@ def limited(spec: RouterSpec) -> RouterSpec:
     requests = fit(spec.max_queued_requests, num_each=2 + UPSTREAM_CONNECTIONS)
     connections = fit(spec.max_connections, num_others=UPSTREAM_CONNECTIONS * requests)
     if (requests, connections) != (spec.max_queued_requests, spec.max_connections):
-        _logger.warning(
-            "few descriptors (ulimit -n): at most %d requests and %d connections at a time",
-            requests,
-            connections,
-        )
+        text = "few descriptors (ulimit -n): at most %d requests and %d connections at a time"
+        _logger.warning(text, requests, connections)
     return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)

@@ -85,9 +85,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return "->".join(engine.name for engine in self.engines)
 
-    def __str__(self) -> str:
-        return f"{self.name or 'no engine'}: {self.reason}"
-
 
 class _Offer(NamedTuple):
     engine: Engine

@@ -55,22 +55,8 @@ Begin = Callable[[], None]  # tells that the first token is computed
 DEATH_LISTED_S = 5.0  # how long to wait until the registry shows a reported death
 
 
-async def answer_prompt(
-    prompt: PromptRequest, state: RouterState, answer: ClientAnswer, client: Client
-) -> Transcript:
-    """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure."""
-    relay = Relay(prompt, state, answer)
-    with state.suspects.watch(prompt.origin):
-        try:
-            await relay.run(client)
-        finally:
-            relay.end()
-            state.turns.queue.answered(client.flow, relay.transcript.num_tokens)
-    return relay.transcript
-
-
 class Relay:
-    """Answers one prompt. Call ``run`` once, then ``end``."""
+    """Answers one prompt. Call ``run`` once."""
 
     def __init__(self, prompt: PromptRequest, state: RouterState, answer: ClientAnswer) -> None:
         self.transcript = Transcript(
@@ -93,7 +79,20 @@ class Relay:
         # The engine from which decode pulls the prompt, until decode has answered.
         self._pulls_from: Engine | None = None
 
-    async def run(self, client: Client) -> None:
+    async def run(self, client: Client) -> Transcript:
+        """Return the whole answer. Raises RequestError, EngineRefusal or EngineFailure."""
+        try:
+            with self._state.suspects.watch(self._prompt.origin):
+                await self._try_routes(client)
+            return self.transcript
+        finally:
+            if self._lease is not None:
+                self._lease.end(self._attempts.tried)
+            # The failure's traceback refers to this object: a cycle would keep the body in memory.
+            self._attempts.failure = None
+            self._state.turns.queue.answered(client.flow, self.transcript.num_tokens)
+
+    async def _try_routes(self, client: Client) -> None:
         self._prompt, self._tokens = await self._state.reader.read(self._prompt)
         if self._state.turns.is_fair:
             log, request = self._record.log, self._routing_request()
@@ -116,12 +115,6 @@ class Relay:
                 # A failure after the end of the answer does not matter.
                 if not self.transcript.is_done and not await self._can_continue(hop, failure):
                     raise
-
-    def end(self) -> None:
-        if self._lease is not None:
-            self._lease.end(self._attempts.tried)
-        # The failure's traceback refers to this object: the cycle would keep the body in memory.
-        self._attempts.failure = None
 
     @property
     def _must_resume(self) -> bool:
@@ -389,7 +382,7 @@ class Relay:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)
             if reason:
                 raise self._lost(engine, reason)
-        can_continue = self.transcript.can_resume or not self._must_resume
+        can_continue = not (self._must_resume and self.transcript.has_untold_tokens)
         return can_continue and not self._attempts.are_over("decode")
 
     def _lost(self, engine: Engine, reason: str) -> OverloadedError:

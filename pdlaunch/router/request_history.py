@@ -124,7 +124,7 @@ class RequestRecord:
         self.log.add("receive", self.log.start_at, prompts=num_prompts)
 
     def routed(self, hop: Hop, route: Route) -> None:
-        logger.debug("route of %s: %s", hop, route)
+        logger.debug("route of %s: %s: %s", hop, route.name or "no engine", route.reason)
         self.known.explanation = route.reason
         prefill, decode = (e.name if e else None for e in (route.prefill, route.decode))
         self.log.mark("route", hop=hop, prefill=prefill, decode=decode, explanation=route.reason)

@@ -46,12 +46,11 @@ def read_response_request(raw: bytes, request_id: str) -> tuple[bytes, ResponseW
     body = read_json_object(raw)
     for name, neutral in _KEPT.items():
         if body.get(name) not in neutral:
-            raise RequestError(
+            message = (
                 f"{name} is not supported: a request has one response, which is not stored; send "
-                "the whole conversation as input",
-                param=name,
-                code="unsupported_parameter",
+                "the whole conversation as input"
             )
+            raise RequestError(message, param=name, code="unsupported_parameter")
     chat = {name: value for name, value in body.items() if name not in _OWN and value is not None}
     chat["messages"] = _messages(body)
     for name, other in _RENAMED.items():
@@ -110,11 +109,11 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             case "reasoning":
                 pass  # clients send reasoning back with earlier answers
             case _:
-                raise RequestError(
+                message = (
                     f"items of type {kind!r} are not supported; use message, function_call or "
-                    "function_call_output",
-                    param=f"input[{index}].type",
+                    "function_call_output"
                 )
+                raise RequestError(message, param=f"input[{index}].type")
     return messages
 
 

@@ -34,11 +34,11 @@ def test_held_back_text_may_come_without_tokens_but_unknown_tokens_end_resuming(
     transcript = Transcript(1)
     transcript.admit(chat_chunk(content="", token_ids=[1]))
     transcript.admit(chat_chunk(content="late"))
-    assert transcript.can_resume
+    assert not transcript.has_untold_tokens
     assert transcript.resume_field() == {"choices": [[{"token_id": 1}]], "sent": True}
     unknown = Transcript(1)
     unknown.admit(chat_chunk(content="x"))
-    assert not unknown.can_resume
+    assert unknown.has_untold_tokens
     assert unknown.has_tokens
     unknown.admit({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 8}})
     assert unknown.usage().total_tokens == 11
