@@ -84,8 +84,12 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def connector_section(self) -> connectors.ConnectorSettings:
-        """Return the settings of the connector in use; its defaults without a section."""
-        found = getattr(self, self.connector, None)
+        """Return the settings of the connector in use."""
+        return self.section(self.connector)
+
+    def section(self, name: str) -> connectors.ConnectorSettings:
+        """Return the settings of a connector, or its defaults if its section is not given."""
+        found = getattr(self, name, None)
         if isinstance(found, connectors.ConnectorSettings):
             return found
-        return connectors.connector_settings(self.connector)()
+        return connectors.connector_settings(name)()

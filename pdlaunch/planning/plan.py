@@ -126,6 +126,8 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Lists all processes that a launch starts."""
+
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Self:

@@ -44,9 +44,9 @@ def test_a_pull_over_a_connector_of_another_package(
 def test_its_section_is_checked_with_its_own_model(install: Callable[[Path], None]) -> None:
     install(EXAMPLE)
     settings = KVTransferSettings(connector="example", example={"max_read_bytes": "2KiB"})
-    assert settings.connector_section.model_dump() == {"max_read_bytes": 2048}
+    assert settings.section("example").model_dump() == {"max_read_bytes": 2048}
     again = KVTransferSettings.model_validate_json(settings.model_dump_json())
-    assert again.connector_section == settings.connector_section
+    assert again.section("example") == settings.section("example")
     with pytest.raises(ValueError, match=r"example\.max_bytes"):
         KVTransferSettings(example={"max_bytes": 1})
 

@@ -98,6 +98,6 @@ class _DoneRead(Read):
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> ExampleConnector:
     """Return the connector of a rank: ``ExampleSettings.factory`` names this function."""
-    section = settings.connector_section
+    section = settings.section("example")
     assert isinstance(section, ExampleSettings)
     return ExampleConnector(name, incarnation, section.max_read_bytes)
