@@ -163,7 +163,7 @@ _PAGE: web.AppKey[bytes] = web.AppKey("page", bytes)
 
 def _page() -> bytes:
     """Return the /metrics page of an idle engine."""
-    from pdlaunch.engine.server.metrics import ServerMetrics
+    from pdlaunch.engine.server.engine_service import ServerMetrics
 
     registry = CollectorRegistry()
     ServerMetrics(registry, engine="simulated", role="decode", model_name="simulated")
