@@ -23,19 +23,13 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.models import kernels
 from pdlaunch.engine.models.attention import (
     AttentionBackend,
     AttentionStep,
     IntArray,
     PackedBatch,
     ReportProgress,
-)
-from pdlaunch.engine.models.kernels import (
-    LOG2_E,
-    attend_decode,
-    gather_kv,
-    reduce_splits,
-    rotate_and_write,
 )
 from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, upload_int32
 
@@ -336,7 +330,9 @@ class TritonStep(AttentionStep):
         cosines, sines = rotary or (heads, heads)
         query_norm, key_norm = norms or (Norm(heads, 0.0), Norm(heads, 0.0))
         tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
-        rotate_and_write[(triton.cdiv(num_tokens, tokens), num_heads_and_keys + num_kv_heads)](
+        kernels.rotate_and_write[
+            (triton.cdiv(num_tokens, tokens), num_heads_and_keys + num_kv_heads)
+        ](
             heads,
             values,
             cosines,
@@ -381,7 +377,7 @@ class TritonStep(AttentionStep):
             (num_rows * num_heads * num_splits, head_dim), dtype=torch.float32
         )
         scales = query.new_empty((2, len(partials)), dtype=torch.float32)
-        attend_decode[(num_rows, layout.num_kv_heads, num_splits)](
+        kernels.attend_decode[(num_rows, layout.num_kv_heads, num_splits)](
             query,
             layer.cache,
             self._tensors.tables,
@@ -391,7 +387,7 @@ class TritonStep(AttentionStep):
             scales[0],
             scales[1],
             layer.group * len(self._tensors.lengths),  # the group's first row in ``tables``
-            heads.scaling * LOG2_E.value,
+            heads.scaling * kernels.LOG2_E.value,
             query.stride(0),
             query.stride(1),
             NUM_SPLITS=num_splits,
@@ -404,7 +400,7 @@ class TritonStep(AttentionStep):
             num_stages=2,
             **self._backend.cache_shape,
         )
-        reduce_splits[(num_rows, num_heads)](
+        kernels.reduce_splits[(num_rows, num_heads)](
             partials,
             scales[0],
             scales[1],
@@ -456,7 +452,7 @@ class TritonStep(AttentionStep):
         # torch's indexing takes 3.3, 4.0 and 13.4.
         layout = self._backend.layout
         keys, values = layer.cache.new_empty((2, len(slots), layout.num_kv_heads, layout.head_dim))
-        gather_kv[(triton.cdiv(len(slots), COPY_TOKENS), layout.num_kv_heads)](
+        kernels.gather_kv[(triton.cdiv(len(slots), COPY_TOKENS), layout.num_kv_heads)](
             layer.cache,
             slots,
             keys,

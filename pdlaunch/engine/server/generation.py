@@ -24,15 +24,9 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
+from pdlaunch.protocol import kv_params
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId
-from pdlaunch.protocol.kv_params import (
-    KVTransferParams,
-    PdlaunchParams,
-    RemoteKV,
-    TokenOutput,
-    to_wire,
-)
 from pdlaunch.protocol.openai.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -76,7 +70,7 @@ class Generation:
         self._sent_at = 0.0
         self._running: dict[RequestId, Choice] = {}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
-        self._remote_kv: RemoteKV | None = None
+        self._remote_kv: kv_params.RemoteKV | None = None
         # Output of known tokens, which the client gets before any event of rank 0.
         self._known: list[Delta] = []
 
@@ -178,14 +172,14 @@ class Generation:
             )
             for delta in deltas
         ]
-        first_tokens = PdlaunchParams(first_tokens=tokens)
+        first_tokens = kv_params.PdlaunchParams(first_tokens=tokens)
         if self._remote_kv is None:
             return {
                 "do_remote_prefill": False,
                 "do_remote_decode": False,
                 "pdlaunch": msgspec.to_builtins(first_tokens),
             }
-        return to_wire(self._remote_kv, first_tokens)
+        return kv_params.to_wire(self._remote_kv, first_tokens)
 
     def usage(self) -> Usage:
         """Return the token counts so far; cached tokens are those of each prompt's first choice."""
@@ -231,8 +225,8 @@ class Generation:
 
 
 def _known(
-    request: GenerationRequest, transfer: KVTransferParams
-) -> tuple[list[list[TokenOutput]] | None, bool]:
+    request: GenerationRequest, transfer: kv_params.KVTransferParams
+) -> tuple[list[list[kv_params.TokenOutput]] | None, bool]:
     """Return the output tokens that exist, by choice, and whether the client has their output."""
     # ``resume`` takes precedence over first tokens, because it includes them.
     resume, pdlaunch = request.resumed(), transfer.pdlaunch
@@ -250,8 +244,8 @@ def _known(
 
 def _check(
     request: GenerationRequest,
-    transfer: KVTransferParams,
-    known: list[list[TokenOutput]] | None,
+    transfer: kv_params.KVTransferParams,
+    known: list[list[kv_params.TokenOutput]] | None,
     model: ServedModel,
     num_prompts: int,
     *,
