@@ -27,10 +27,6 @@ class Command(NamedTuple):
     exit_codes: str = _DONE
     examples: str = ""
 
-    @property
-    def is_group(self) -> bool:
-        return self.target.endswith(":app")
-
     def load(self) -> Any:
         module, attribute = self.target.split(":")
         return getattr(importlib.import_module(f"pdlaunch.cli.{module}"), attribute)
@@ -91,7 +87,7 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
     for command in commands:
         name, summary = command.name, command.summary
         loaded = command.load() if name == called else None
-        if command.is_group:
+        if command.target.endswith(":app"):
             group = loaded or typer.Typer(callback=_placeholder)
             app.add_typer(group, name=name, help=summary)
             continue

@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +164,12 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
         if rows:
             over = attribute.removeprefix("request_")
             for figure, (title, caption) in figures.items():
-                series = _by_length(rows, attribute, figure)
+                series: dict[str, list[Point]] = {}
+                for row in sorted(rows, key=attrgetter("input_tokens", attribute)):
+                    point = (getattr(row, attribute), getattr(row, figure) or 0.0)
+                    series.setdefault(f"{row.input_tokens} in", []).append(point)
                 y_label = figure.replace("_per_", "/")
                 yield plot(f"{title} over {over}", caption, series, x_label, y_label)
-
-
-def _by_length(rows: Sequence[BenchRow], x: str, y: str) -> dict[str, list[Point]]:
-    ordered = sorted(rows, key=lambda row: (row.input_tokens, getattr(row, x)))
-    return {
-        f"{length} in": [(getattr(row, x), getattr(row, y) or 0.0) for row in group]
-        for length, group in groupby(ordered, key=lambda row: row.input_tokens)
-    }
 
 
 def shares(values: Sequence[float]) -> list[Point]:
