@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdlaunch.errors import LeaseError
-from pdlaunch.protocol.side_channel import PullBegin, PullEnd, PullHeartbeat, PullReply, Refused
+from pdlaunch.protocol.side_channel import (
+    ChecksumsReply,
+    PullBegin,
+    PullEnd,
+    PullHeartbeat,
+    PullReply,
+    Push,
+    Refused,
+    StateChecksums,
+)
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded
-from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_EXTENSIONS, MAX_WAITING, LeaseTable
+from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
+from pdlaunch.transfer.leases import (
+    GRANT_LAG_S,
+    MAX_EXTENSIONS,
+    MAX_OPEN_READERS,
+    MAX_WAITING,
+    LeaseTable,
+)
 from tests.clock import FakeClock
 from tests.transfer.fakes import Fabric
 from tests.transfer.pull_world import HolderRank
@@ -75,6 +91,14 @@ def test_a_lease_expires_at_the_deadline_that_heartbeats_extend_but_not_for_ever
     assert 1100 < clock.now <= 1005 + 10 * MAX_EXTENSIONS
     with pytest.raises(LeaseError, match="request a has no lease here"):
         leases.begin("a", "r2", 1)
+
+
+def test_a_lease_has_only_so_many_open_readers(leases):
+    leases.grant(grant_of("a"))
+    for number in range(MAX_OPEN_READERS):
+        leases.begin("a", f"r{number}", 1)
+    with pytest.raises(LeaseError, match="open pulls"):
+        leases.begin("a", "one more", 1)
 
 
 IDS = st.sampled_from(["a", "b", "c"])
@@ -186,3 +210,27 @@ def test_no_more_than_so_many_wait(rank):
     heartbeat = PullHeartbeat(**ASKED)
     assert rank.holder.ask(*[heartbeat] * MAX_WAITING) == []
     assert [type(answer) for answer in rank.holder.ask(heartbeat)] == [Refused]
+
+
+def test_checksums_are_stated_once_they_are_computed(clock):
+    is_computed = False
+
+    class LateHasher(KVHasher):
+        def start(self, *blocks) -> Checksums:
+            checksums = super().start(*blocks)
+            checksums.ready = lambda: is_computed
+            return checksums
+
+    rank = HolderRank(clock, Fabric(), new_hasher=LateHasher)
+    rank.holder.grant(grant("r", [4]))
+    question = {name: ASKED[name] for name in StateChecksums.__struct_fields__}
+    assert rank.holder.ask(StateChecksums(**question)) == []
+    is_computed = True
+    (answer,) = rank.holder.ask()
+    assert isinstance(answer, ChecksumsReply)
+
+
+def test_nothing_is_pushed_by_a_connector_that_is_read(rank):
+    push = Push(**ASKED, block_ids=[], first_head=0, num_heads=1, target=b"")
+    (answer,) = rank.holder.ask(push)
+    assert "does not write to its readers" in answer.reason
