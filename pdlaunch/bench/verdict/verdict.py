@@ -8,18 +8,10 @@ from typing import Any, Literal
 import msgspec
 
 from pdlaunch.bench.serve import ShowProgress
+from pdlaunch.bench.verdict import search
 from pdlaunch.bench.verdict.arms import Arm
 from pdlaunch.bench.verdict.measure import Launches
 from pdlaunch.bench.verdict.queueing import VISIT_SEEDS, predict
-from pdlaunch.bench.verdict.search import (
-    MAX_ARMS,
-    MAX_ERROR,
-    Estimate,
-    Findings,
-    Probe,
-    Race,
-    is_sure,
-)
 from pdlaunch.errors import PdlaunchError
 
 _OF_CLIENTS = ("ttft_ms_median", "ttft_ms_p99", "itl_ms_median", "itl_ms_p99", "cached_share")
@@ -38,10 +30,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_verdict(
-    race: Race,
-    findings: Findings,
+    race: search.Race,
+    findings: search.Findings,
     launches: Launches,
-    save: Callable[[Findings], None],
+    save: Callable[[search.Findings], None],
     show: ShowProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -77,7 +69,9 @@ def find_verdict(
         _predict(race, findings, launches, show)
 
 
-def _predict(race: Race, findings: Findings, launches: Launches, show: ShowProgress) -> None:
+def _predict(
+    race: search.Race, findings: search.Findings, launches: Launches, show: ShowProgress
+) -> None:
     """Predict the arms, once single engines and a hand-over have been measured."""
     if race.predictions or race.next_single(findings) is not None:
         return
@@ -90,7 +84,7 @@ def _predict(race: Race, findings: Findings, launches: Launches, show: ShowProgr
             race.predictions[arm.name] = found
 
 
-def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
+def answer(race: search.Race, findings: search.Findings, ruled_out: Mapping[str, str]) -> Verdict:
     """Return the verdict on the measurements. ``ruled_out``: arms that cannot be launched."""
     measured = race.estimates(findings)
     # Sorted by goodput; arms that met the goals at no rate come last.
@@ -113,7 +107,7 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
 
 
 def _verdict(
-    best: Mapping[str, str], measured: Mapping[str, Estimate], limits: Mapping[str, str]
+    best: Mapping[str, str], measured: Mapping[str, search.Estimate], limits: Mapping[str, str]
 ) -> tuple[Choice, str]:
     said = {kind: f"{name} gives {measured[name]} requests/s" for kind, name in best.items()}
     if len(best) < 2:
@@ -121,9 +115,9 @@ def _verdict(
         return "unknown", f"No verdict: both kinds must be measured{known}."
     together, split = measured[best["aggregated"]], measured[best["split"]]
     best_split = f"the best split, {best['split']}, gives {split}"
-    if is_sure(together, split):
+    if search.is_sure(together, split):
         return "aggregated", f"Stay aggregated: {said['aggregated']} within your SLO; {best_split}."
-    if is_sure(split, together):
+    if search.is_sure(split, together):
         other = f"the best aggregated, {best['aggregated']}, gives {together}"
         return "split", f"Split: {said['split']} within your SLO; {other}."
     failed = [name for name in best.values() if measured[name].bound == "less than"]
@@ -144,7 +138,7 @@ def _verdict(
 
 
 def _row(
-    arm: Arm, measured: Estimate, race: Race, findings: Findings, limit: str
+    arm: Arm, measured: search.Estimate, race: search.Race, findings: search.Findings, limit: str
 ) -> dict[str, Any]:
     # The figures of clients at the highest probed rate up to the goodput.
     mine = [probe for probe in findings.probes if probe.arm == arm.name]
@@ -165,21 +159,21 @@ def _row(
     }
 
 
-def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
+def _limit(probes: Sequence[search.Probe], name: str, attainment: float) -> str:
     """Return the cause of missed goals at the lowest rate that failed."""
     found = [probe for probe in probes if probe.arm == name and probe.limit]
     failed = [probe for probe in found if not probe.passes(attainment)] or found
     return min(failed, key=lambda probe: probe.rate).limit if failed else ""
 
 
-def _note(race: Race, measured: Mapping[str, Estimate]) -> str:
+def _note(race: search.Race, measured: Mapping[str, search.Estimate]) -> str:
     found = {name: race.error(name, value) for name, value in measured.items()}
     errors = {name: error for name, error in found.items() if error is not None}
     if not errors:
         return "No prediction could be compared with a measured goodput."
     name = max(errors, key=lambda each: abs(errors[each]))
     worst = f"its largest error is {errors[name]:+.0%}, for {name}"
-    if abs(errors[name]) > MAX_ERROR:
+    if abs(errors[name]) > search.MAX_ERROR:
         wrong = f"does not fit these engines: {worst}"
-        return f"The queueing model {wrong}. It only chose which {MAX_ARMS} arms to measure."
+        return f"The queueing model {wrong}. It only chose which {search.MAX_ARMS} arms to measure."
     return f"The queueing model fits these engines: {worst}."
