@@ -237,9 +237,9 @@ class ModelRunner:
         return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())
 
     def sleep(self, level: int) -> int:
-        """Free the memory of weights and KV cache; return the freed bytes. ``level`` 1 keeps the
-        weights in host memory; 2 drops them, and ``wake_up`` reads them again. Raises
-        MemoryPoolError.
+        """Free the memory of weights and KV cache; return the freed bytes. No row may be in use.
+        ``level`` 1 keeps the weights in host memory; 2 drops them, and ``wake_up`` reads them
+        again. After a MemoryPoolError, the runner is awake as before.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
         # True until the weights are read again; waking the KV cache alone does not change this.
@@ -249,9 +249,9 @@ class ModelRunner:
         return num_bytes
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Allocate the memory of ``tags`` again; return the allocated bytes. Raises
-        MemoryPoolError, or ConfigError if the weights cannot be read or have changed: they then
-        still count as asleep.
+        """Allocate the memory of ``tags`` again; return the allocated bytes. The KV cache is empty
+        then. Raises MemoryPoolError, or ConfigError if the weights cannot be read or have changed:
+        they then still count as asleep.
         """
         waking = self._pools.sleeping_tags & set(tags)
         num_bytes = self._pools.wake_up(waking) if waking else 0

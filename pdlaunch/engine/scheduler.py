@@ -55,7 +55,8 @@ class _Draft:
 class Scheduler:
     """Plans the steps of an engine; lives in rank 0. The step loop alternates ``schedule`` and
     ``postprocess``; ``schedule_ahead`` makes a second plan before the first step has ended. Between
-    these calls, messages of server and connectors are passed to ``requests``.
+    these calls, the loop, in the same thread, passes messages of server and connectors to
+    ``requests``.
     """
 
     def __init__(self, requests: RequestLifecycle, max_beside_streams: int | None = None) -> None:

@@ -404,6 +404,7 @@ class PeerTable:
         self.peers.clear()
 
     def all(self) -> list[Peer]:
+        """Return the peers in the registry, and lost peers with pending READs."""
         return [*self.peers.values(), *self._gone]
 
     def advance(self) -> None:

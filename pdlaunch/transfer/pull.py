@@ -342,6 +342,7 @@ class Pull:
         return not self.holds_blocks and not owes_end
 
     def hashing_since(self) -> Iterator[float]:
+        """Yield the end times of READs whose checksums are not compared yet."""
         for share in self._shares:
             if share.ended_at is not None and not share.is_proven and not self._finished:
                 yield share.ended_at

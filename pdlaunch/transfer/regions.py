@@ -151,8 +151,8 @@ def merge(destinations: Pieces, sources: Pieces) -> tuple[Addresses, Addresses, 
 
 def native_regions(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVRegions:
     """Return the one region of a native rank. ``kv_cache``: [num_blocks, num_kv_heads, num_layers,
-    2, block_size, head_dim]. Heads come before layers, so that a range of a block's heads is
-    contiguous.
+    2, block_size, head_dim], contiguous. Heads come before layers, so that a range of a block's
+    heads is contiguous: ranks of another TP size read just the heads that they need.
     """
     shape = kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
     region = kv_cache.view(torch.uint8).view(shape)

@@ -136,6 +136,7 @@ class BlockPool:
         assert not any(self._by_hash)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
+        """Count the blocks that ``share`` would take from the free blocks."""
         return sum(block_id in self._cached for block_id in block_ids)
 
     def check_integrity(
@@ -283,6 +284,7 @@ class KVCacheManager:
         """Return for each group the cached blocks that a pull can leave out: from the first block
         that token ``num_computed`` sees, up to the first gap.
         """
+        # The gaps may differ between groups, because the pull transfers the missing blocks.
         first = self._first_visible(num_computed)
         found = [
             find_run(self.pool.find, group, block_hashes[start:max_blocks])
@@ -333,7 +335,8 @@ class KVCacheManager:
         for group, window in enumerate(self._windows):
             num_cached = self.pool.num_cached_among(hit.block_ids[group])
             num_taken = num_cached + num_logical - hit.end(group)
-            # A sliding group releases blocks that leave its window, so it never needs more.
+            # A sliding group releases blocks that leave its window, so it never needs more. Shared
+            # blocks with other owners do not become free then, so they do not lower the number.
             if window is not None:
                 num_taken = min(num_taken, span_blocks(window, self.block_size))
             num_needed += num_taken

@@ -146,6 +146,7 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
+    # Torch reuses pinned memory only after the queued copies from it have ended.
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 

@@ -81,6 +81,7 @@ class TPGroup:
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Return rank 0's ``data`` on every rank. The others pass any bytes of equal length."""
+        # As raw bytes, so that nothing is unpickled.
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
         return bytes(self.broadcast(payload).cpu().numpy())
 

@@ -62,7 +62,8 @@ def attend_whole_prompts(
 
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
     """Return the causal attention of one prompt, [num_tokens, num_heads, D]. ``heads``: queries,
-    keys, values, always in this layout, because a plan of cuDNN is for certain strides.
+    keys, values, [num_tokens, num_heads + 2 * H, D], always in this layout, because a plan of cuDNN
+    is for certain strides.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     query, key, value = torch.split(
@@ -264,8 +265,8 @@ class TritonAttention(AttentionBackend):
 
 def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
     """Return the largest number of splits of a row, a power of two, and the fewest tokens of a
-    split. A few rows get many splits. Neither number depends on the lengths, because a CUDA graph
-    fixes both.
+    split. A few rows get many splits; of many rows, only long ones are split. Neither number
+    depends on the lengths, because a CUDA graph fixes both.
     """
     wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
     min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32

@@ -216,8 +216,9 @@ class OffloadPlanner:
     def find(
         self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindBlock
     ) -> HostHit | None:
-        """Return the longest prefix of at most ``max_blocks`` blocks on device and host; None if it
-        has no blocks on the host. They are not pinned: call ``begin_load`` at once or not at all.
+        """Return the longest prefix of at most ``max_blocks`` blocks on device and host, never
+        shorter than on the device alone; None if it has no blocks on the host. They are not pinned:
+        call ``begin_load`` at once or not at all.
         """
 
         def runs(group: int, start: int, limit: int) -> tuple[list[int], list[int]]:
@@ -243,7 +244,8 @@ class OffloadPlanner:
         self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]
     ) -> OffloadJob:
         """Make the job that loads the host blocks of ``hit``. ``block_ids``: by group, a device
-        block for each of ``hit.host_ids``, which the job owns until ``finish``.
+        block for each of ``hit.host_ids``, which the job owns until ``finish``. The caller shares
+        the blocks of ``hit.device``.
         """
         moves: list[Move] = []
         for group, (ids, host_ids) in enumerate(zip(block_ids, hit.host_ids, strict=True)):
@@ -256,9 +258,9 @@ class OffloadPlanner:
     def begin_store(
         self, tables: BlockTables, block_hashes: Sequence[bytes], blocks: range
     ) -> OffloadJob | None:
-        """Make the job that stores these logical blocks, except blocks that the tier has already or
-        has no room for; None if no blocks remain. The caller shares ``job.block_ids`` once more and
-        releases them after ``finish``, so that the blocks keep their content.
+        """Make the job that stores these computed blocks, except blocks that the tier has already
+        or has no room for; None if no blocks remain. The caller shares ``job.block_ids`` once more
+        and releases them after ``finish``, so that the blocks keep their content.
         """
         moves: list[Move] = []
         for group, first in enumerate(tables.first):
@@ -271,6 +273,7 @@ class OffloadPlanner:
         return self._add("store", moves) if moves else None
 
     def finish(self, report: JobFinished) -> OffloadJob:
+        """Call it once all ranks have ended a job; the caller owns its device blocks again."""
         job = self._jobs.pop(report.job_id)
         if job.direction == "load":
             self.tier.finish_load(job.host_ids, report.failed_host_ids)

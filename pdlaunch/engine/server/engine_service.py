@@ -309,7 +309,7 @@ class EngineService:
         for key in (hop_id, request_id):
             self.leases[key] = request_id
             self.leases.move_to_end(key)
-        while len(self.leases) > MAX_REMEMBERED_LEASES:
+        while len(self.leases) > MAX_REMEMBERED_LEASES:  # the oldest have expired by then
             self.leases.popitem(last=False)
 
 

@@ -81,7 +81,9 @@ class RankLink:
         return await self._call(message.call_id, message)
 
     async def read_stats(self) -> None:
-        """Wait until ``on_message`` has new totals. Raises OverloadedError if the rank is lost."""
+        """Wait until ``on_message`` has new totals, which include all that the rank has sent until
+        then. Raises OverloadedError if the rank is lost.
+        """
         await self._call(_STATS_CALL, engine.ReadStats())
 
     async def _call(self, call_id: int, message: engine.ToRank) -> Any:

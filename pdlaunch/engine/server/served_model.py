@@ -156,6 +156,7 @@ class ServedModel:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def tokenize(self, raw: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return the answer and the names of ignored fields, as ``detokenize`` does."""
         body = read_json_object(raw)
         request: TokenizeCompletionRequest | TokenizeChatRequest
         if "messages" in body:

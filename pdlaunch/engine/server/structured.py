@@ -233,7 +233,8 @@ class ToolCallReader:
             self.num_calls += 1
             self._in_arguments, self._held = True, rest[head.end() :]
 
-    def finish(self, *, is_cut: bool) -> tuple[str, list[CalledTool]]:  # by the token limit
+    def finish(self, *, is_cut: bool) -> tuple[str, list[CalledTool]]:
+        """Return the held-back text. ``is_cut``: the token limit has ended the text."""
         held, self._held = self._held, ""
         if not self._in_arguments:
             return held, []

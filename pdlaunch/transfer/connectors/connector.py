@@ -87,9 +87,9 @@ class Connection(ABC):
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
         """Start to read at least one block and head. Until ``poll`` returns done or failed, it may
-        write to the local blocks. It must not wait for an answer of the peer: this thread also
-        answers that peer's questions, so two ranks would wait for each other for good. Raises
-        TransferError.
+        write to the local blocks. This call may block while bytes are copied, but must not wait for
+        an answer of the peer: this thread also answers that peer's questions, so two ranks would
+        wait for each other for good. Raises TransferError.
         """
 
     @abstractmethod
@@ -130,7 +130,8 @@ class Connector(ABC):
     @abstractmethod
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
         """Prepare READs from a peer. Return the paths to it, the preferred path first, each with a
-        connection or an error; the handshake tries all and uses one. Raises TransferError.
+        connection or an error; the handshake tries all and uses one. The caller closes all
+        together. Raises TransferError.
         """
 
     def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:

@@ -66,6 +66,7 @@ class FileConnector(PushingConnector):
     def _start(self, memory: LocalMemory) -> None:
         directory = self._settings.directory
         assert directory is not None, "checked by KVTransferSettings"
+        # There is no ``_stop``: the files stay, for debugging.
         self.store = FileStore(directory, self._settings.size_limit)
 
     def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
