@@ -77,7 +77,7 @@ _SERVERS: Mapping[str, _Server] = {
 
 
 def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
-    """Return a profile's machine; ``cuda`` has ``num_ranks`` GPUs. Raises ConfigError."""
+    """Return a profile's machine; ``cuda`` alone has ``num_ranks`` GPUs. Raises ConfigError."""
     match = _COUNTED.fullmatch(name.lower())
     kind, number = (match[1], int(match[2])) if match else (name.lower(), None)
     server = _SERVERS.get(kind)

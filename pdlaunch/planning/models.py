@@ -98,7 +98,9 @@ class Model:
 
 
 def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
-    """Read the model of each role with engines; ``fetch`` gets descriptions from the hub first."""
+    """Read the model of each role with engines; ``fetch`` gets descriptions from the hub first.
+    Errors are in ``Model.error``, never raised.
+    """
     config = choose_engine(config, os.environ).config
     settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
     named = {
@@ -111,7 +113,9 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
 
 
 def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fetch) -> None:
-    """Download the weights of described models on the hub. Raises ConfigError."""
+    """Download the weights of models on the hub, of the same commit as their description. Raises
+    ConfigError, also if the weights are damaged or incomplete.
+    """
     wanted = {
         (model.path, model.name): model.shape
         for role, model in models.items()

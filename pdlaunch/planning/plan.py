@@ -59,7 +59,9 @@ def planned_hosts(
     environ: Mapping[str, str],
     joined: Mapping[str, ResolvedHost] | None = None,
 ) -> tuple[ResolvedHost, ...]:
-    """Return the hosts of a launch, the supervisor's own first. Raises ConfigError."""
+    """Return the hosts of a launch, the supervisor's own first: ``machine``, ``environ``. A host
+    that is not in ``joined`` is described by the profile in its settings. Raises ConfigError.
+    """
     if config.placement == "local":
         return one_host({LOCAL: machine}, environ)
     listed = {host.name: host for host in config.hosts}
@@ -131,6 +133,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Self:
+        """Return the plan for printing: values of variables named like a secret are masked."""
         masked = (mask_environment(process.environment) for process in self.processes)
         pairs = zip(self.processes, masked, strict=True)
         shown = [msgspec.structs.replace(process, environment=env) for process, env in pairs]

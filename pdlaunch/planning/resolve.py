@@ -1,4 +1,6 @@
-"""Resolves settings, machines and shapes of models into a ``ResolvedLaunch``."""
+"""Resolves settings, machines and shapes of models into a ``ResolvedLaunch``: rules check it,
+``serve`` starts it, ``--dry-run`` prints it.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -105,7 +107,9 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """Return the model's name in the API: set, on the hub, or of its files; perhaps empty."""
+        """Return the model's name in the API: as set, or its alias or name on the hub, or that of
+        its folder or .gguf file; empty without engines.
+        """
         engines = next(iter(self.roles.values()), None)
         if engines is None:
             return ""
@@ -182,7 +186,7 @@ def resolve(
     environ: Mapping[str, str],
     models: Mapping[Role, Model] | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration like ``resolve_on``, on machines by name."""
+    """Resolve a configuration like ``resolve_on``, on machines by name, this one first."""
     return resolve_on(config, one_host(machines, environ), environ, models)
 
 

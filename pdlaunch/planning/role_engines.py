@@ -61,6 +61,7 @@ class RoleEngines:
 
     @cached_property
     def settings(self) -> EngineSettings:
+        """Return the role's section over the top level, with nothing derived."""
         return self.config.engine_settings(self.role)
 
     @cached_property
@@ -84,7 +85,7 @@ class RoleEngines:
         return self.settings.tensor_parallel_size
 
     @property
-    def num_ranks(self) -> int:
+    def num_ranks(self) -> int:  # on their host
         return self.replicas * self.settings.ranks_per_node
 
     @property
@@ -187,6 +188,7 @@ class RoleEngines:
         if self.device != "cpu":
             return self.settings.kv_cache_memory
         num_bytes = self.settings.kv_cache_memory or CPU_KV_CACHE_BYTES
+        # VLLM takes whole GiB on a CPU.
         return num_bytes if self.is_native else max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
     @property

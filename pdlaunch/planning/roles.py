@@ -100,6 +100,7 @@ class PlacedEngine:
 
     @property
     def nodes(self) -> tuple["PlacedEngine", ...]:
+        """Return the engine's part on each of its hosts, in the order of ranks."""
         return (replace(self, others=()), *self.others)
 
     @property
@@ -108,6 +109,7 @@ class PlacedEngine:
 
     @property
     def name(self) -> str:
+        # Unique in the launch, and kept over restarts.
         return f"{self.engines.role}-{self.index}"
 
     @property

@@ -169,7 +169,7 @@ class PairSuspect(Message):
 
 
 class Failed(Message):
-    error: str
+    error: str  # for the user; the process is about to exit
 
 
 class Drained(Message):
@@ -304,6 +304,7 @@ to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)
 
 
+# Each pair costs a handshake and a proof; so their number grows linearly with the engines.
 MAX_PEERS = 8  # engines of the other role that an engine chooses; others may choose it as well
 
 Pair = tuple[str, str]  # names of a prefill and a decode engine

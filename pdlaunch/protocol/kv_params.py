@@ -82,7 +82,9 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
 
 
 def from_wire(params: object) -> KVTransferParams:
-    """Read ``kv_transfer_params`` but unknown keys. Raises RequestError that names the key."""
+    """Read ``kv_transfer_params``, without unknown keys, since other versions of vLLM may add some.
+    Raises RequestError that names the key.
+    """
     place = "kv_transfer_params"
     if not isinstance(params, dict):
         raise RequestError(f"{place} must be an object", param=place)
