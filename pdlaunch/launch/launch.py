@@ -205,8 +205,11 @@ def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     launches = sorted(path for path in named if not path.is_symlink())
     old = []
     for path in launches[:-num_kept]:
-        log = path / SUPERVISOR_LOG
-        if not (log.exists() and run_dirs.is_locked(log)):
+        try:
+            is_kept = run_dirs.is_locked(path / SUPERVISOR_LOG)
+        except FileNotFoundError:  # another launch may remove it just now
+            is_kept = False
+        if not is_kept:
             shutil.rmtree(path, ignore_errors=True)
             old.append(path)
     return old
