@@ -69,6 +69,7 @@ class NativeEngine:
         return (*ranks, server)
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
+        # It handshakes with the prefill ranks that it pulls from.
         return process.kind == "rank" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
@@ -171,6 +172,7 @@ class VllmEngine:
         return (executable, "serve", model, *_as_arguments(flags | args))
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
+        # The sidecar of a decode engine sends canaries to prefill engines.
         return process.kind == "server" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:

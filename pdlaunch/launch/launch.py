@@ -69,9 +69,10 @@ def launch(
 ) -> LaunchOutcome:
     """Convert models, start all processes, serve until a stop is requested, stop all processes.
 
-    ``listeners`` are closed once no router will accept connections. ``lifeline``: a descriptor
-    whose end of file requests a stop. ``joined``: hosts whose ``agents`` have joined. Raises
-    StartupError and ConfigError if a model cannot be converted, or does not fit the settings.
+    Call ``check_platform`` and ``resolved.require_startable`` first. ``listeners`` (``listening``)
+    are closed once no router will accept connections. ``lifeline``: a descriptor whose end of file
+    requests a stop. ``joined``: hosts whose ``agents`` have joined. Raises StartupError and
+    ConfigError if a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name
     timing = Timing(
@@ -121,7 +122,9 @@ def launch(
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
-    """Convert models that engines cannot read, in a child process. Raises StartupError."""
+    """Convert models that engines cannot read, in a child process, because this imports heavy
+    libraries. Raises StartupError.
+    """
     for model in resolved.conversions:
         guard, module = "pdlaunch.protocol.process.bootstrap", "pdlaunch.engine.models.convert"
         said = ""

@@ -1,4 +1,6 @@
-"""Holds the desired and the observed state of a launch, which ``reconcile`` compares."""
+"""Holds the desired state of a launch, which commands change, and the observed state, which events
+change; ``reconcile`` compares them.
+"""
 
 import math
 from collections import defaultdict

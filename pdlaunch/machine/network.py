@@ -206,7 +206,9 @@ def probe_port(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Listen at ``port`` (0: any) of all addresses of ``host``. Raises StartupError."""
+    """Listen at ``port`` (0: any) of all addresses of ``host``. Children inherit these sockets only
+    if they are passed explicitly, as to the router, which accepts there. Raises StartupError.
+    """
     with contextlib.ExitStack() as stack:
         listeners: list[socket.socket] = []
         try:

@@ -180,7 +180,10 @@ T = TypeVar("T")
 def admin_api(
     url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
 ) -> Api:
-    """Return the API for commands to the launch at ``url``, or to the only one of this user."""
+    """Return the API for commands to the launch at ``url``, or to the only one of this user. The
+    key is only used if no launch of this user listens at ``url``. ``base``: where to look for them.
+    Raises PdlaunchError if no launch, or more than one, matches.
+    """
     if (own := _own_api(url, CALL_TIMEOUT_S, base)) is not None:
         return own
     if url is not None and admin_api_key is not None:
@@ -288,7 +291,9 @@ class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
 def command_engines(
     admin: Api, path: str, names: Sequence[str] = (), **query: object
 ) -> list[EngineOutcome]:
-    """Send a command to engines, by default all; return once it is done. Raises PdlaunchError."""
+    """Send a command to engines, by default all; return once it is done. Raises PdlaunchError if
+    the whole command is refused; an outcome has the error of its engine.
+    """
     text = urlencode({**query, "engine": list(names)}, doseq=True)
     status, answer = admin.post(f"{path}?{text}" if text else path, {})
     if "engines" not in answer:

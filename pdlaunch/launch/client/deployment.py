@@ -1,4 +1,6 @@
-"""Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests."""
+"""Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests. It
+ends with the block that started it, or when this process dies, because its standard input closes.
+"""
 
 import contextlib
 import os

@@ -71,7 +71,9 @@ def allowed_executables(names: Sequence[str]) -> dict[str, str]:
 
 
 def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
-    """Return the spec with this host's paths of its programs. Raises ConfigError."""
+    """Return the spec with this host's paths of its programs. Raises ConfigError if the process is
+    not allowed here.
+    """
     for name in spec.environment:
         if name.startswith(_CHOOSE_CODE) and name not in _HARMLESS:
             raise ConfigError(
@@ -120,7 +122,9 @@ class AgentSession:
     _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # by process, of its log
 
     def run(self) -> str:
-        """Serve until the session ends; return why. Raises StartupError and SessionLostError."""
+        """Serve until the session ends; return why. Raises StartupError if the user must act, and
+        SessionLostError. No process of the session is left when this returns or raises.
+        """
         context = SecureContext(self.ticket.keys, peer=self.ticket.server_public)
         with (
             contextlib.closing(context),
@@ -258,6 +262,7 @@ class AgentSession:
         return host
 
     def _report(self, host: LocalHost) -> None:
+        """Forward messages, then report exits, so that a process's messages precede its exit."""
         # Read exits before messages: after its exit, all messages of a process have arrived.
         exits = host.exits()
         for message in host.messages():

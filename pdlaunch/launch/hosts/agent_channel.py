@@ -66,7 +66,7 @@ class AgentLease:
     since_at: float  # when it sent Join, or the last Beat that was answered
     timeout_s: float
 
-    def renew(self, stamp: float) -> None:
+    def renew(self, stamp: float) -> None:  # time of a Beat that the supervisor has answered
         self.since_at = max(self.since_at, stamp)
 
     def silent_s(self, now: float) -> float | None:
@@ -310,7 +310,7 @@ class HostGroup(LocalHost):
         *,
         name: str,  # of this host
         channel: AgentChannel,
-        on_change: Callable[[messages.Join | Lost], None],
+        on_change: Callable[[messages.Join | Lost], None],  # called for each such host
     ) -> None:
         super().__init__(control, log_dir, engine_ports)
         self._name = name

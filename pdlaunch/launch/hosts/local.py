@@ -200,7 +200,9 @@ class LocalHost:
         return ProcessExited(name, child.incarnation, returncode, last_step=last_step)
 
     def messages(self) -> list[MessageReceived]:
-        """Return the messages since the last call, oldest first."""
+        """Return the messages since the last call, oldest first. The call after ``exits`` returns
+        the last messages of the processes that have ended.
+        """
         found: list[MessageReceived] = []
         while True:
             try:

@@ -72,9 +72,8 @@ class SidecarOptions:
         try:
             digests = weights.weight_digests(folder, dummy=self.value("--load-format") == "dummy")
         except (ConfigError, OSError, ValueError):
-            digests = weights.sampled_digests(
-                folder
-            )  # vLLM reads formats that native engines do not
+            # VLLM reads formats that native engines do not.
+            digests = weights.sampled_digests(folder)
         return others | digests | weights.text_digests(folder)
 
     def _named_paths(self) -> Iterator[Path]:
@@ -223,8 +222,9 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     """Hold a port for the side channel of vLLM's own connector; return the holding socket. vLLM
     does not accept port 0 and waits without limit for a busy port. Raises StartupError.
 
-    The engine listens there about a minute after its start. ``ports``: first and last allowed port,
-    ``21000-21999``; empty, or on loopback: any port.
+    The engine listens there about a minute after its start. Until then, the socket keeps UCX, other
+    engines and programs that ask for a free port from getting this one. ``ports``: first and last
+    allowed port, ``21000-21999``; empty, or on loopback: any port.
     """
     wanted = [0]
     if ports and not is_loopback(host):

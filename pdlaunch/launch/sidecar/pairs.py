@@ -141,6 +141,7 @@ class EngineLink:
             await self._send_peers(identity)
 
     async def _grant(self, scheduler: bytes, frame: bytes) -> None:
+        # Only to the workers of the data parallel rank that has sent it.
         engine = scheduler.rpartition(b"/")[0]
         for identity in self._workers.values():
             if identity.rpartition(b"/")[0] == engine:
