@@ -215,7 +215,8 @@ async def send_canary(
 def num_recomputed(answer: Mapping[str, Any]) -> int | None:
     """Return how many prompt tokens decode computed although it got their KV blocks.
 
-    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details.
+    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details, or of a chunk
+    before the last. Raises one of ``MALFORMED``.
     """
     usage = answer.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")

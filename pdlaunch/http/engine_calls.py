@@ -248,7 +248,9 @@ def with_version(capabilities: Capabilities, version: str) -> Capabilities:
 
 
 class EngineApi:
-    """Sends requests to one engine. ``prefix`` begins each path, if a router forwards the calls."""
+    """Sends requests to one engine. ``prefix`` begins each path, if a router forwards the calls.
+    Create and use it inside a running event loop.
+    """
 
     def __init__(
         self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None, prefix: str = ""

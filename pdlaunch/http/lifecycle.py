@@ -82,7 +82,9 @@ class Supervised:
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         listens: bool = True,
     ) -> None:
-        """Send the address of this process, and heartbeats from then on."""
+        """Send the address of this process, and heartbeats from then on. A further call replaces
+        the registration.
+        """
         self.send(
             control.Register(
                 name=self.bootstrap.name,
@@ -113,7 +115,9 @@ class Supervised:
 
 
 def run_supervised(serve: Callable[[Supervised], Awaitable[None]]) -> int:
-    """Read the bootstrap from standard input and serve until Stop; return the exit code."""
+    """Read the bootstrap from standard input and serve until Stop; return the exit code. If
+    ``serve`` raises an error, the supervisor gets Failed with its text.
+    """
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
     code = asyncio.run(_run(bootstrap, serve))

@@ -35,7 +35,7 @@ class ClientStream:
         self._http = http
         self._preparing = asyncio.Lock()
         self.response = web.StreamResponse(headers=_HEADERS | dict(headers))
-        # Send them with the first piece of the body. ``web.Response`` has this option public.
+        # Send them with the first piece of the body. Aiohttp has no public name for this option.
         self.response._send_headers_immediately = False
         http[STREAM] = self
 

@@ -144,6 +144,7 @@ class Admin:
         return _together(outcomes, **{key: all(each.answer.get(key, False) for each in outcomes)})
 
     async def _restart(self, http: web.Request) -> web.Response:
+        # One after another, so that the others serve.
         names = _engines_named(http)
         return _together([await _outcome(name, self._restart_one(name)) for name in names])
 

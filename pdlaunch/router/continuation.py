@@ -101,7 +101,9 @@ class Transcript:
         del token_ids[num_tokens:]
 
     def admit(self, chunk: Chunk) -> bool:
-        """Record ``chunk`` and remove what the client has; return False if nothing is left."""
+        """Record ``chunk`` and remove what the client has; return False if nothing is left. Raises
+        what ``blames`` handles if the chunk has not the OpenAI form.
+        """
         # Check all choices first: no token of an invalid chunk may count as sent.
         for choice in chunk["choices"]:
             if not 0 <= choice["index"] < len(self._choices):
@@ -292,7 +294,9 @@ def continue_first_token(
 async def begin_continuation(
     prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize, max_model_len: int | None
 ) -> Continuation:
-    """Return the continuation of an answer whose engine has died. Raises LookupError."""
+    """Return the continuation of an answer whose engine has died. Raises LookupError, with one of
+    ``LOST_REASONS``.
+    """
     text, num_tokens = await _find_text(detokenize, transcript)
     if num_tokens < len(transcript.output_token_ids):
         if prompt.body.get("return_token_ids"):

@@ -78,6 +78,8 @@ class Breaker(msgspec.Struct, kw_only=True):
 
     def answers(self, now_at: float) -> None:
         """Record a first token. It closes an open breaker only after a single failure."""
+        # That was probably the failed request's own fault. While open, the token is of an earlier
+        # request.
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
 

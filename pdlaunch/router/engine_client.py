@@ -156,7 +156,9 @@ class EngineStream:
         return event.startswith(b"{") and not event.startswith(b'{"error"')
 
     async def next_chunk(self) -> Chunk | None:
-        """Return the next chunk; None at the end. Raises EngineFailure, EngineRefusal."""
+        """Return the next chunk; None at the end. Raises EngineFailure, or EngineRefusal for an
+        error event about the request.
+        """
         while (data := await self._next_event()) is not None and data != DONE_DATA:
             chunk = self._decode(data)
             if REPORT_KEY not in chunk:

@@ -217,7 +217,9 @@ class _Choice:
         return ""
 
     def _best_pair(self) -> tuple[_Offer, Engine] | None:
-        """Return the prefill engine with the earliest first token, and decode's best for it."""
+        """Return the prefill engine with the earliest first token; and, of the decode engines that
+        may pull from it, the engine that would then hold the fewest tokens.
+        """
         usable = [engine for engine in self._engines if self._takes(engine)]
         decodes = {engine.name: engine for engine in usable if engine.role == "decode"}
         offers = [self._offer(engine) for engine in usable if engine.role == "prefill"]

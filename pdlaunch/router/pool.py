@@ -50,6 +50,7 @@ class EnginePool:
         return 0
 
     def lists(self, engine: Engine) -> bool:
+        # The same object: its processes have not been restarted.
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
@@ -108,7 +109,9 @@ class EnginePool:
         return route
 
     def can_begin(self, request: RoutingRequest, reserved: set[EngineKey]) -> bool:
-        """Return whether the engines to choose have room soon; else add them to ``reserved``."""
+        """Return whether the engines to choose have room soon; else add them to ``reserved``, the
+        engines that are kept for earlier prompts.
+        """
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self.policy)
         if route.decode is None:

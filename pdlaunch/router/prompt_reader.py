@@ -107,7 +107,9 @@ class PromptReader:
 
 
 def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
-    """Return the servers' tokenizer and chat template, if their files are on this host."""
+    """Return the servers' tokenizer and chat template. None: the files are not on this host, or
+    have changed since the servers read them (``pinned``: their ``text_digests``).
+    """
     if not model_dir:
         return None
     try:

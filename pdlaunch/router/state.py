@@ -204,7 +204,9 @@ class RouterState:
     def recomputed(
         self, prefill: Engine, decode: Engine, num_tokens: int, *, is_in_doubt: bool
     ) -> None:
-        """Record that decode has computed ``num_tokens`` although it was given their KV blocks."""
+        """Record that decode has computed ``num_tokens`` although it was given their KV blocks.
+        With ``is_in_doubt``, the pair is not used until a canary has proven it again.
+        """
         error = f"decode computed {num_tokens} tokens although it was handed their KV blocks"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.count("silent_recomputes", prefill.name, decode.name)
@@ -228,7 +230,9 @@ class RouterState:
             self.spawn(self.client.notify(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def find(self, look: Callable[[], T], timeout_s: float) -> T:
-        """Call ``look`` at each change of the registry until its result is true; return it."""
+        """Call ``look`` at each change of the registry until its result is true, at most for
+        ``timeout_s``; return the last result.
+        """
         until_at = self.now() + timeout_s
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)
