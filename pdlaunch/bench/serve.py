@@ -381,8 +381,9 @@ def trace_prompt(
 def arrival_times(
     rate: float, burstiness: float, num_requests: int, rng: random.Random
 ) -> list[float]:
-    """Return when requests are sent, in seconds from the start. The gaps are gamma distributed with
-    shape ``burstiness``, as in vLLM's benchmark: 1 is Poisson, smaller values give bursts.
+    """Return when requests are sent, in seconds from the start: on average ``rate`` per second. The
+    gaps are gamma distributed with shape ``burstiness``, as in vLLM's benchmark: 1 is Poisson,
+    smaller values give bursts.
     """
     # The mean of a gamma distribution is shape x scale, here 1 / rate.
     scale = 1 / (rate * burstiness)

@@ -144,7 +144,9 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Read server-sent events; each has the time of its piece. Raises msgspec.MsgspecError."""
+    """Read server-sent events. All events of a piece have the time at which it came, so that the
+    time for decoding does not count. Raises msgspec.MsgspecError.
+    """
     rest = b""
     async for piece in pieces:
         now = clock()

@@ -25,7 +25,8 @@ def main() -> None:
 
 def catch_end_signals() -> list[int]:
     """Make SIGTERM and SIGHUP end a command like Ctrl-C, so that it stops its own processes.
-    Returns a list of the signal that came first. A SIGHUP that ``nohup`` ignores stays ignored.
+    Returns a list of one item, which handlers replace: SIGINT, or the other signal that came first.
+    A SIGHUP that ``nohup`` ignores stays ignored.
     """
     first: list[int] = [signal.SIGINT]
 

@@ -24,7 +24,9 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Format of the ou
 
 
 def safe(text: str) -> str:
-    """Escape surrogates and control characters, which a terminal would obey, except newlines."""
+    """Escape surrogates and control characters, which a terminal would obey, except newlines. Names
+    of clients and answers of other servers may have any.
+    """
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
 

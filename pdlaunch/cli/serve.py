@@ -362,8 +362,8 @@ def ready_rows(
 
 
 def _topology(processes: Sequence[ProcessStatus]) -> str:
-    """Write ``1 prefill + 2 decode (tp 2) on 2 hosts``; no ``tp`` for vLLM, whose ranks are its
-    own.
+    """Write ``1 prefill + 2 decode (tp 2) on 2 hosts``; no ``tp`` for vLLM, whose ranks are not
+    processes of the launch.
     """
     names = [each.name.partition("/") for each in processes]
     ranks = Counter(engine for engine, _, rank in names if rank.startswith("rank-"))

@@ -63,7 +63,7 @@ class ConnectorSettings(FrozenModel):
     @property
     def opens_data_ports(self) -> bool:
         """Return True if ranks open unauthenticated ports to peers on other hosts, which only
-        ``kv_transfer.trusted_network`` permits.
+        ``kv_transfer.trusted_network`` permits. Connectors with such ports override it.
         """
         return False
 

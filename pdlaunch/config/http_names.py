@@ -47,6 +47,7 @@ def _check_host(name: str) -> str:
     return name
 
 
+# A list in YAML; a text with commas in flags and variables
 HostNames = Annotated[
     tuple[Annotated[str, AfterValidator(_check_host)], ...],
     BeforeValidator(read_list),

@@ -38,7 +38,7 @@ def find_verdict(
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Measure until the verdict is clear or the time is over. Adds each complete step to
-    ``findings``.
+    ``findings``, so that after Ctrl-C they still give a verdict.
     """
     _predict(race, findings, launches, show)
     while (step := race.next_step(findings)) is not None:

@@ -1,4 +1,7 @@
-"""Estimates from below a model's memory in vLLM, by config.json and size of weights."""
+"""Estimates from below a model's memory in vLLM, by config.json and size of weights.
+
+Parts of unknown size are left out, so that no model is refused that would fit.
+"""
 
 import math
 from collections import Counter

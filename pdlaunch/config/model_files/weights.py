@@ -229,7 +229,9 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def sampled_digests(model: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of size and samples of each file of weights in a folder."""
+    """Return the SHA-256 (hex) of size and samples of each file of weights, and of config.json, by
+    name. ``model`` is a folder or a single file.
+    """
     return {
         file.name: _sampled_digest(file)
         for file in _files(model)
@@ -238,7 +240,9 @@ def sampled_digests(model: Path) -> dict[str, str]:
 
 
 def named_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of a file, or of each file in a folder, by path."""
+    """Return the SHA-256 (hex) of a file, or of each file in a folder, by path. Weights are sampled
+    as in ``sampled_digests``.
+    """
     return {
         str(file.absolute()): _sampled_digest(file) if file.suffix in _WEIGHTS else _digest(file)
         for file in _files(path)
@@ -319,6 +323,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
     """Yield size and header of a safetensors file, then start, middle and end of each tensor."""
     yield path.stat().st_size.to_bytes(8, "little")
     with path.open("rb") as file:
+        # The format: length of the header, header in JSON, tensors.
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header
