@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import typer
 import yaml
 
@@ -25,7 +24,6 @@ from pdlaunch.cli.preflight import (
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render import manifests
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.plan import ResolvedHost, planned_hosts
@@ -101,11 +99,7 @@ def kubernetes(
         )
         launch = _placed(config, flags, options, assume)
         if print_secret:
-            join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
-            secret = manifests.kubernetes_secret(
-                launch, namespace, join=join, supervisor=supervisor
-            )
-            objects = [secret]
+            objects = [manifests.kubernetes_secret(launch, namespace)]
         else:
             objects = manifests.kubernetes_objects(launch, namespace)
         sys.stdout.write(_to_yaml(objects))
@@ -135,13 +129,12 @@ def _placed(
     _require_mounted(resolved, options)
     # Write the engine that `auto` chose here: pods may have other executables.
     settings = _to_yaml([{**placed.settings, "engine": resolved.config.engine}])
-    groups = manifests.engine_groups(resolved, machines)
-    return manifests.PodLaunch(options, placed, resolved, groups, settings)
+    return manifests.PodLaunch(options, placed, resolved, machines, settings)
 
 
 def _require_mounted(resolved: ResolvedLaunch, options: manifests.PodOptions) -> None:
     """Raise ConfigError for a model in a folder that no volume mounts into pods."""
-    folders = [Path(folder) for folder in options.claims or {}]
+    folders = [Path(folder) for folder in options.claims]
     for engines in resolved.roles.values():
         model = Path(engines.settings.model).expanduser()
         is_path = model.is_absolute() or engines.settings.model.startswith((".", "~"))
@@ -149,14 +142,6 @@ def _require_mounted(resolved: ResolvedLaunch, options: manifests.PodOptions) ->
             why, where = "the model is in a folder that no pod has", engines.where("model")
             fix = f"mount it with --volume SOURCE:{model.parent}, or name a model of a hub"
             raise ConfigError(why, field=where, value=str(model), fix=fix)
-
-
-def _join_texts(endpoint: str) -> tuple[str, str]:
-    """Return new join keys as two texts: for agents, and for the supervisor."""
-    keys = new_join_keys(int(endpoint.rpartition(":")[2]))
-    sides = (keys.ticket(endpoint), keys)
-    agents, supervisor = (msgspec.json.encode(side).decode() + "\n" for side in sides)
-    return agents, supervisor
 
 
 def _require_name(name: str, field: str) -> str:

@@ -7,7 +7,7 @@ An engine of a lost host starts again once the host is back.
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from pdlaunch.checks.probed import PairTransport, Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines import EngineKind, kind_of
@@ -22,6 +23,7 @@ from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec, ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
+from pdlaunch.planning.role_engines import device_kind, visible_on
 from pdlaunch.planning.roles import EnginePlace, Key, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PairReady, PlannedChange, PlannedEngine
 from pdlaunch.protocol.engine_link import engine_of_rank
@@ -149,7 +151,7 @@ class EnginePlaces:
         places = self.resolved.places
         kept = {key: place for key, place in places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
-        placed = None if home else self._place(starts, kept, models, self._busy(()))
+        placed = None if home else self._place(starts, kept, self._busy(()))
         if placed and stops:
             # Start new engines before old ones stop if the machine's memory has room for both.
             together = self.resolved.with_engines({**places, **placed}, models)
@@ -158,7 +160,7 @@ class EnginePlaces:
         if stops_first := placed is None:
             # New engines use the GPUs of the engines that stop.
             busy = self._busy(gone)
-            placed = self._place(starts, kept, models, busy, home)
+            placed = self._place(starts, kept, busy, home)
             if placed is None:
                 raise self._no_room(starts, busy)
         resolved = self.resolved.with_engines({**kept, **placed}, models)
@@ -211,45 +213,26 @@ class EnginePlaces:
         self,
         starts: Sequence[Key],
         kept: Places,
-        models: Models,
         busy: Collection[GpuKey],
         home: Sequence[str] = (),
-    ) -> dict[Key, EnginePlace] | None:
+    ) -> dict[Key, tuple[EnginePlace, ...]] | None:
         """Return places for new engines, on ``home`` or hosts of their roles; None without room."""
-        placed: dict[Key, EnginePlace] = {}
+        placed: dict[Key, tuple[EnginePlace, ...]] = {}
         taken = set(busy)
         for key in starts:
-            places = {**kept, **placed}
-            hosts = [*map(self.resolved.host, home)] or self._hosts(key[0], places)
-            fits = (self._fit(key, host, places, models, taken) for host in hosts)
-            nnodes = self.resolved.config.engine_settings(key[0]).nnodes
-            nodes = [*islice((place for place in fits if place is not None), nnodes)]
-            if len(nodes) < nnodes:
+            settings = self.resolved.config.engine_settings(key[0])
+            hosts = [*map(self.resolved.host, home)] or self._hosts(key[0], {**kept, **placed})
+            fits = (_fit(host, settings, taken) for host in hosts)
+            placed[key] = tuple(islice(filter(None, fits), settings.nnodes))
+            if len(placed[key]) < settings.nnodes:
                 return None
-            placed[key] = replace(nodes[0], others=tuple(nodes[1:]))
         return placed
-
-    def _fit(
-        self, key: Key, host: ResolvedHost, places: Places, models: Models, taken: set[GpuKey]
-    ) -> EnginePlace | None:
-        """Return a place on a host, whose GPUs are then ``taken``; None if too few are free."""
-        tried = self.resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
-        engines = tried.by_host[host.name][key[0]]
-        if engines.device == "cpu":
-            return EnginePlace(host.name)
-        numbers = [(host.name, gpu.index) for gpu in engines.gpus]
-        free = [place for place, number in enumerate(numbers) if number not in taken]
-        if len(free) < engines.settings.ranks_per_node:
-            return None
-        devices = tuple(free[: engines.settings.ranks_per_node])
-        taken |= {numbers[place] for place in devices}
-        return EnginePlace(host.name, devices)
 
     def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
         """Return the present hosts of a role: those with a free core first, then those of peers."""
         peers = {*PAIR} - {role} if role in PAIR else set()
-        near = {place.host for (other, _), place in places.items() if other in peers}
-        used = Counter(place.host for place in places.values())
+        near = {nodes[0].host for (other, _), nodes in places.items() if other in peers}
+        used = Counter(nodes[0].host for nodes in places.values())
         here = [h for h in self.resolved.hosts if role in h.roles and h.name in self.present]
         return sorted(here, key=lambda h: (used[h.name] >= h.machine.num_cpus, h.name not in near))
 
@@ -344,8 +327,18 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
         )
 
 
-def _key(engine: PlacedEngine) -> Key:
-    return engine.engines.role, engine.index
+def _fit(host: ResolvedHost, settings: EngineSettings, taken: set[GpuKey]) -> EnginePlace | None:
+    """Return a place on a host, whose GPUs are then ``taken``; None if too few are free."""
+    visible = visible_on(host, settings)
+    if device_kind(settings, host.machine, visible) == "cpu":
+        return EnginePlace(host.name)
+    numbers = [(host.name, gpu.index) for gpu in visible.gpus]
+    free = [place for place, number in enumerate(numbers) if number not in taken]
+    devices = tuple(free[: settings.ranks_per_node])
+    if len(devices) < settings.ranks_per_node:
+        return None
+    taken |= {numbers[place] for place in devices}
+    return EnginePlace(host.name, devices)
 
 
 def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:

@@ -137,7 +137,7 @@ class ResolvedLaunch:
 
     @property
     def places(self) -> Places:
-        return {engine.key: engine.place for engine in self.engines}
+        return {engine.key: engine.places for engine in self.engines}
 
     def with_engines(
         self, places: Places, models: Mapping[Role, Model] | None = None

@@ -28,19 +28,14 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlace:
-    """Holds the host of an engine and the CUDA devices of its ranks, as the ranks number them."""
+    """Holds a host of an engine and the CUDA devices of its ranks there, as they number them."""
 
     host: str
     devices: tuple[int, ...] | None = None  # None: GPUs are assigned in turn
-    others: tuple["EnginePlace", ...] = ()  # places of its ranks on other hosts
-
-    @property
-    def nodes(self) -> tuple["EnginePlace", ...]:
-        return (self, *self.others)
 
 
 Key = tuple[Role, int]  # role and index of an engine
-Places = Mapping[Key, EnginePlace]
+Places = Mapping[Key, tuple[EnginePlace, ...]]  # one place for each host, in the order of ranks
 
 
 def place_engines(
@@ -56,7 +51,7 @@ def place_engines(
     than one; limited to the hosts there are. If no host has free devices for an engine, it goes to
     the host with the fewest ranks per device. A host without any devices for the role comes last.
     """
-    places: dict[Key, EnginePlace] = {}
+    places: dict[Key, tuple[EnginePlace, ...]] = {}
     used: Counter[tuple[str, DeviceKind]] = Counter()
 
     def cost(room: Room, role: Role, partner: str | None) -> tuple[object, ...]:
@@ -74,14 +69,13 @@ def place_engines(
         for role in (role for role in ROLES if index < replicas.get(role, 0)):
             # Prefer a host that has an engine of the other role of the pair.
             peers = [other for other in PAIR if role in PAIR and other != role]
-            near = [place.host for (other, _), place in places.items() if other in peers]
+            near = [nodes[0].host for (other, _), nodes in places.items() if other in peers]
             partner = near[index % len(near)] if near else None
             offers = [room for room in rooms if role in room.devices] or rooms
             # Sorting is stable: hosts of equal cost keep the order of the settings.
             offers = sorted(offers, key=lambda room: cost(room, role, partner))
             chosen = offers[: nnodes.get(role, 1)]
-            first, *others = (EnginePlace(room.host) for room in chosen)
-            places[role, index] = replace(first, others=tuple(others))
+            places[role, index] = tuple(EnginePlace(room.host) for room in chosen)
             for room in chosen:
                 kind, _ = room.devices.get(role, ("cpu", 0))
                 used[room.host, kind] += tp_sizes[role]
@@ -113,9 +107,8 @@ class PlacedEngine:
         return f"{self.engines.role}-{self.index}"
 
     @property
-    def place(self) -> EnginePlace:
-        others = tuple(other.place for other in self.others)
-        return EnginePlace(self.host.name, self.device_indices or None, others)
+    def places(self) -> tuple[EnginePlace, ...]:
+        return tuple(EnginePlace(n.host.name, n.device_indices or None) for n in self.nodes)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -141,9 +134,7 @@ def place_roles(
         # If no host takes a role, place the engines anyway, so that rules can report the mistake.
         rooms = [_room(config, host, [*replicas]) for host in takers]
         places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy, nnodes)
-    counts = Counter(
-        (node.host, role) for (role, _), place in places.items() for node in place.nodes
-    )
+    counts = Counter((node.host, role) for (role, _), nodes in places.items() for node in nodes)
     # Then all ranks of pairs get network transports: UCX connects no rank with them to one without.
     has_far_pairs = any(
         counts[one.name, "prefill"] and counts[other.name, "decode"]
@@ -187,7 +178,7 @@ def _placed(
     dealt: Counter[tuple[str, Role]] = Counter()
     for role, index in sorted(places, key=lambda key: (ROLES.index(key[0]), key[1])):
         nodes = []
-        for place in places[role, index].nodes:
+        for place in places[role, index]:
             engines = by_host[place.host][role]
             num_ranks = engines.settings.ranks_per_node
             devices = engines.device_indices(dealt[place.host, role], num_ranks)

@@ -24,7 +24,7 @@ def placed(rooms, strategy="pack", **tp):
     replicas = {role: len(sizes) for role, sizes in tp.items()}
     sizes = {role: sizes[0] for role, sizes in tp.items()}
     places = place_engines(replicas, sizes, rooms, strategy)
-    return {f"{role}-{index}": place.host for (role, index), place in places.items()}
+    return {f"{role}-{index}": place.host for (role, index), (place,) in places.items()}
 
 
 def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
@@ -60,7 +60,7 @@ def test_devices_are_not_shared_while_any_host_has_room(devices, replicas, tp, s
     sizes = dict(zip(roles, tp, strict=True))
     places = place_engines(dict(zip(roles, replicas, strict=True)), sizes, rooms, strategy)
     assert len(places) == sum(replicas)
-    for (role, _), place in places.items():
+    for (role, _), (place,) in places.items():
         if max(free.values()) >= sizes[role]:
             assert free[place.host] >= sizes[role]
         free[place.host] -= sizes[role]

@@ -6,11 +6,13 @@ Secrets are moved from the settings to a Secret: API keys, and variables that lo
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 import yaml
 from pydantic import SecretStr
 
@@ -19,6 +21,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.config.settings import is_secret, variable_paths
 from pdlaunch.errors import ConfigError
+from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 
@@ -40,7 +43,7 @@ class PlacedSettings:
     settings: Mapping[str, Any]  # the content of the file
     keys: Mapping[str, str]  # API keys by the environment variable that sets them
     # Variables of engines that look like secrets, by role and name
-    engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
+    engine_secrets: Mapping[Role, Mapping[str, str]]
 
     def config(self) -> LaunchConfig:
         paths = variable_paths()
@@ -55,15 +58,15 @@ class PodOptions:
 
     name: str
     image: str
-    gpu_resource: str = "nvidia.com/gpu"
-    rdma_resource: str | None = None  # extended resource; each engine pod requests one
+    gpu_resource: str
+    rdma_resource: str | None  # extended resource; each engine pod requests one
     # PersistentVolumeClaims by mount folder.
-    claims: Mapping[str, str] | None = None
-    cache_claim: str | None = None  # an existing claim for ``/cache``; None: render a claim
-    cache_size: str = "20Gi"
-    leader_worker_set: bool = False  # for engines over several hosts
+    claims: Mapping[str, str]
+    cache_claim: str | None  # an existing claim for ``/cache``; None: render a claim
+    cache_size: str
+    leader_worker_set: bool  # for engines over several hosts
     # Node label; each such engine alone gets the nodes with one value, such as one rack.
-    exclusive_topology: str = ""
+    exclusive_topology: str
 
     def group_size(self, nnodes: int) -> int:
         """Return the number of pods in a group of a LeaderWorkerSet; 1: in a StatefulSet."""
@@ -139,39 +142,6 @@ def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class EngineGroup:
-    """Describes the machines of one role; each has one engine, or one of its ``nnodes`` parts."""
-
-    role: Role
-    names: tuple[str, ...]
-    nnodes: int  # machines of an engine
-    num_gpus: int  # per machine, as are the next two
-    num_cpus: int
-    memory_bytes: int | None  # host memory; None: the model's shape is not known
-
-
-def engine_groups(launch: ResolvedLaunch, machines: Machines) -> tuple[EngineGroup, ...]:
-    """Return the resources that the machines of each role need."""
-    return tuple(_group(launch.roles[role], names) for role, names in machines.items())
-
-
-def _group(engines: RoleEngines, names: tuple[str, ...]) -> EngineGroup:
-    num_ranks, on_gpu = engines.settings.ranks_per_node, engines.device == "cuda"
-    footprint = engines.footprint
-    held = 0 if on_gpu or footprint is None else footprint.total_bytes
-    rank_bytes = PROCESS_BYTES + engines.host_tier_bytes + held
-    return EngineGroup(
-        role=engines.role,
-        names=names,
-        nnodes=engines.settings.nnodes,
-        num_gpus=num_ranks if on_gpu else 0,
-        # One core for each rank on a GPU (else its threads), and one for the engine's server.
-        num_cpus=1 + num_ranks * (1 if on_gpu else engines.num_threads),
-        memory_bytes=None if footprint is None else PROCESS_BYTES + num_ranks * rank_bytes,
-    )
-
-
 Object = dict[str, Any]
 
 JOIN_KEY = "join"  # key in the Secret for the join file of agents
@@ -189,11 +159,8 @@ class PodLaunch:
     options: PodOptions
     placed: PlacedSettings
     resolved: ResolvedLaunch
-    groups: Sequence[EngineGroup]
+    machines: Machines
     config_yaml: str
-
-    def endpoint(self, host: str) -> str:
-        return f"tcp://{host}:{self.resolved.config.control_port}"
 
 
 def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
@@ -219,8 +186,7 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
         config=config,
         namespace=namespace,
         launch=launch,
-        roles=[group.role for group in launch.groups],
-        claims=options.claims or {},
+        roles=list(launch.machines),
         secret_name=f"{options.name}-keys",
         cache_claim=options.cache_claim or f"{options.name}-cache",
         # Time between SIGTERM and SIGKILL, longer than a drain.
@@ -230,30 +196,32 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
         start_failures=math.ceil(start_s / PROBE_S),
         own_ports=OWN_PORTS,
         data_ports=(first, last) if opens else (),
-        fixed_ports={g.role: p for g in launch.groups if (p := config.role(g.role).ports())},
+        fixed_ports={role: p for role in launch.machines if (p := config.role(role).ports())},
         allowed_hosts=",".join([*config.allowed_hosts, *own_hosts]),
         checksum=hashlib.sha256(launch.config_yaml.encode()).hexdigest(),
         serve_command=["pdlaunch", "serve", "/etc/pdlaunch/deployment.yaml"],
-        agent_command=lambda group, name: _agent_command(launch, group, name),
-        labels=lambda *args, **kwargs: _labels(launch, *args, **kwargs),
-        resources=lambda group: _resources(options, group),
+        agent_command=_agent_command,
+        labels=partial(_labels, options.name),
+        resources=partial(_resources, options),
         with_own_secret=_with_own_secret,
     )
     return list(yaml.safe_load_all(text))
 
 
-def kubernetes_secret(
-    launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
-) -> Object:
-    """Return the Secret that the other objects refer to, with the content of both join files."""
-    values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
+def kubernetes_secret(launch: PodLaunch, namespace: str | None) -> Object:
+    """Return the Secret that the other objects refer to, with both join files, of new keys."""
+    name, port = launch.options.name, launch.resolved.config.control_port
+    keys = new_join_keys(port)
+    files = {JOIN_KEY: keys.ticket(f"tcp://{name}-control:{port}"), SUPERVISOR_KEY: keys}
+    values = {key: msgspec.json.encode(file).decode() + "\n" for key, file in files.items()}
+    values |= launch.placed.keys
     for role, variables in launch.placed.engine_secrets.items():
         values |= {f"{role}.{name}": value for name, value in variables.items()}
-    labels = _labels(launch, version=True, tool=True)
+    labels = _labels(name, version=True, tool=True)
     return {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": f"{launch.options.name}-keys", "labels": labels}
+        "metadata": {"name": f"{name}-keys", "labels": labels}
         | ({} if namespace is None else {"namespace": namespace}),
         "type": "Opaque",
         "stringData": values,
@@ -261,13 +229,10 @@ def kubernetes_secret(
 
 
 def _labels(
-    launch: PodLaunch, component: str = "", *, version: bool = False, tool: bool = False
+    name: str, component: str = "", *, version: bool = False, tool: bool = False
 ) -> dict[str, str]:
     """Return labels of objects; without ``version``, labels that select a launch or component."""
-    labels = {
-        "app.kubernetes.io/name": "pdlaunch",
-        "app.kubernetes.io/instance": launch.options.name,
-    }
+    labels = {"app.kubernetes.io/name": "pdlaunch", "app.kubernetes.io/instance": name}
     if component:
         labels["app.kubernetes.io/component"] = component
     if version:
@@ -279,10 +244,10 @@ def _labels(
     return labels
 
 
-def _agent_command(launch: PodLaunch, group: EngineGroup, name: str) -> list[str]:
-    settings = launch.resolved.roles[group.role].settings
-    allowed = [] if settings.engine == "native" else ["--allow-executable", settings.engine_command]
-    return ["pdlaunch", "agent", "--join", JOIN_FILE, "--name", name, *allowed]
+def _agent_command(engines: RoleEngines) -> list[str]:
+    command = engines.settings.engine_command
+    allowed = [] if engines.is_native else ["--allow-executable", command]
+    return ["pdlaunch", "agent", "--join", JOIN_FILE, "--name", "$(POD_NAME)", *allowed]
 
 
 def _with_own_secret(key: str, command: Sequence[str]) -> list[str]:
@@ -294,13 +259,17 @@ def _with_own_secret(key: str, command: Sequence[str]) -> list[str]:
     return ["sh", "-c", script, "sh", *command]
 
 
-def _resources(options: PodOptions, group: EngineGroup) -> Object:
-    requests: Object = {"cpu": str(group.num_cpus)}
-    if group.memory_bytes is not None:
-        requests["memory"] = f"{math.ceil(group.memory_bytes / (1 << 20))}Mi"
-    extended = {}
-    if group.num_gpus:
-        extended[options.gpu_resource] = str(group.num_gpus)
+def _resources(options: PodOptions, engines: RoleEngines) -> Object:
+    """Return the resources of a pod with one engine, or with one of its ``nnodes`` parts."""
+    num_ranks, on_gpu = engines.settings.ranks_per_node, engines.device == "cuda"
+    # One core for each rank on a GPU (else its threads), and one for the engine's server.
+    requests: Object = {"cpu": str(1 + num_ranks * (1 if on_gpu else engines.num_threads))}
+    if (footprint := engines.footprint) is not None:
+        held = 0 if on_gpu else footprint.total_bytes
+        rank_bytes = PROCESS_BYTES + engines.host_tier_bytes + held
+        num_bytes = PROCESS_BYTES + num_ranks * rank_bytes
+        requests["memory"] = f"{math.ceil(num_bytes / (1 << 20))}Mi"
+    extended = {options.gpu_resource: str(num_ranks)} if on_gpu else {}
     if options.rdma_resource is not None:
         extended[options.rdma_resource] = "1"
     # Kubernetes requires equal requests and limits for extended resources.

@@ -158,7 +158,7 @@ def test_each_engine_over_hosts_is_a_group_of_a_leader_worker_set(tmp_path: Path
     assert hosts == [*((pod, ("prefill",)) for pod in pods), ("pdlaunch-decode-0", ("decode",))]
     rooms = [Room(pod, {"prefill": ("cuda", 1)}) for pod in pods]
     placed = place_engines({"prefill": 2}, {"prefill": 1}, rooms, "spread", {"prefill": 3})
-    assert [[node.host for node in place.nodes] for place in placed.values()] == [
+    assert [[node.host for node in nodes] for nodes in placed.values()] == [
         pods[:3],
         pods[3:],
     ]
