@@ -146,13 +146,12 @@ RULES = (
         message="mooncake listens without authentication on this machine's loopback device",
         fix="Use connector nixl, which opens no port. A deployment in its own network namespace "
         "is safe, though the warning stays.",
-        source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
-        on_vllm=True),
+        source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7)."),
     error("PD410", "Engines need GPUs, but no GPU is visible.",
         "The driver shows no CUDA device to this process.",
         when=_no_gpu,
         fix="Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU "
-        "option.", source="cuInit and cuDeviceGetCount.", needs=("gpus",), on_vllm=True),
+        "option.", source="cuInit and cuDeviceGetCount.", needs=("gpus",)),
     error("PD411", "An engine has more ranks than there are GPUs.",
         "Two ranks of one engine on one device would block each other in collective operations.",
         over=Context.on_cuda,
@@ -166,8 +165,7 @@ RULES = (
             )
         ), at="tensor_parallel_size",
         fix="Lower tensor_parallel_size, or spread engines of vLLM over more hosts (nnodes).",
-        source="NCCL: one rank a device.", needs=("gpus",),
-        on_vllm=True),
+        source="NCCL: one rank a device.", needs=("gpus",)),
     warning("PD412", "There are fewer CPU cores than ranks.",
         "Ranks then take turns on a core: prefill and decode do not overlap.",
         when=lambda context: (
@@ -175,8 +173,7 @@ RULES = (
             > (cores := context.machine.num_cpus)
             and f"{ranks} ranks compute on {cores} cores"
         ), at="prefill.replicas",
-        fix="Use fewer engines, or more cores.", source="Measured on 2 cores.", needs=("cpus",),
-        on_vllm=True),
+        fix="Use fewer engines, or more cores.", source="Measured on 2 cores.", needs=("cpus",)),
     warning("PD416", "There is little shared memory.",
         "UCX, torch, NCCL and vLLM's message queues (160 MiB for a group of ranks) exchange data "
         "through /dev/shm, which has 64 MB in a container by default. If it is full, processes "
@@ -184,20 +181,20 @@ RULES = (
         when=_small_shm, at="/dev/shm",
         fix="docker run --shm-size=1g, or --ipc=host.",
         source="UCX posix and sysv transports, NCCL SHM transport; MessageQueue of vLLM 0.32.",
-        needs=("shm",), on_vllm=True),
+        needs=("shm",)),
     error("PD420", "The launch cannot listen at an address.",
         "Another process listens there, the port is reserved for root (below 1024), or the host "
         "is not an address of this machine.",
         when=_ports,
         fix="Choose another port from 1024 on, or stop the process that holds it (`ss -ltnp`). Set "
         "host to 127.0.0.1 for clients on this machine, or to 0.0.0.0 for all addresses.",
-        source="bind() and getaddrinfo().", needs=("ports",), on_vllm=True),
+        source="bind() and getaddrinfo().", needs=("ports",)),
     error("PD424", "Peers on other hosts cannot reach a host.",
         "On another host, localhost and 0.0.0.0 mean that host itself, so every pull fails.",
         when=_local_addresses,
         fix="Give an address of this machine that the other hosts can reach.",
         source="vLLM: the side channel listens on localhost by default, and the first request "
-        "hangs.", on_vllm=True),
+        "hangs."),
     warning("PD425", "Gloo's sockets admit every process of this machine.",
         "The ranks of a tensor parallel group on a CPU exchange activations over TCP, on ports of "
         "the loopback device without authentication. Another process of this machine could take "
@@ -206,7 +203,8 @@ RULES = (
         message="each of {0.tp_size} ranks listens without authentication on this machine's "
         "loopback device",
         fix="Use one rank for each engine. A deployment in its own network namespace is safe, "
-        "though the warning stays.", source="Listening sockets of torch 2.13's gloo (measured)."),
+        "though the warning stays.", source="Listening sockets of torch 2.13's gloo (measured).",
+        native_alone=True),
     error("PD450", "CUDA_VISIBLE_DEVICES of a role names GPUs that its ranks cannot use.",
         "CUDA ignores all entries after one that it cannot use, and shows no GPU if a GPU is "
         "named twice. The numbers are those of the machine, even if the launch itself has a "
@@ -215,8 +213,7 @@ RULES = (
         message=f"{VISIBLE_DEVICES} of {{0.role}}: {{0.gpus_problem}}",
         fix="Name GPUs that the launch itself sees, by number and each once. Or remove "
         "CUDA_VISIBLE_DEVICES: pdlaunch then gives each rank a GPU.",
-        source="cuInit and cuDeviceGetCount of CUDA 13 on two H200s (measured).",
-        needs=("gpus",), on_vllm=True),
+        source="cuInit and cuDeviceGetCount of CUDA 13 on two H200s (measured).", needs=("gpus",)),
     warning("PD451", "Engines run on the CPU of a host with GPUs that the driver does not show.",
         "The settings do not choose the CPU. The driver is missing or broken, or the container has "
         "no access to the GPUs. GPUs that CUDA_VISIBLE_DEVICES hides are no finding.",
@@ -225,12 +222,13 @@ RULES = (
         and VISIBLE_DEVICES not in each.given_environ, at="device",
         message="{0.role} runs on the CPU, though this host has NVIDIA GPUs",
         fix="Check nvidia-smi, and give the container the GPUs (docker run --gpus all); or set "
-        "device: cpu.", source="The PCI bus, and cuDeviceGetCount.", needs=("gpus",)),
+        "device: cpu.", source="The PCI bus, and cuDeviceGetCount.", needs=("gpus",),
+        native_alone=True),
     error("PD452", "No host accepts the engines of a role.",
         "An engine needs a host that accepts its role.",
         when=_too_few_hosts,
         fix="List more hosts, or remove `roles` of a host so that it accepts all roles.",
-        source="A host accepts only engines of its roles.", on_vllm=True),
+        source="A host accepts only engines of its roles."),
     error("PD456", "An engine cannot be spread over hosts, or have data parallel ranks.",
         "vLLM needs the same number of ranks on each host. Its TCPStore, gloo, NCCL and message "
         "queues have no authentication, and the queues carry pickles: anyone who reaches them can "
@@ -239,7 +237,7 @@ RULES = (
         fix="Choose nnodes so that it divides the engine's ranks (tensor_parallel_size x "
         "pipeline_parallel_size), and list nnodes or more hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
-        "with two nodes (0.32, measured).", on_vllm=True),
+        "with two nodes (0.32, measured)."),
     warning("PD457", "A variable that chooses the network is set on only some hosts of an engine.",
         "The ranks then use different networks. They wait for each other until a time-out at the "
         "start, or silently fall back to TCP.",
@@ -247,19 +245,18 @@ RULES = (
         fix="Set it in the environment of the agents on all these hosts, or on none of them. If "
         "all need the same value, set it in env.",
         source="NCCL's environment variables: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_GID_INDEX; "
-        "vLLM's troubleshooting of several nodes.", on_vllm=True),
+        "vLLM's troubleshooting of several nodes."),
     error("PD455", "A derived value of a role differs between its hosts.",
         "A request may go to any engine of a role. An engine with another dtype or device would "
         "refuse the blocks, or answer with other tokens.",
         when=_unlike_hosts,
         fix="Set this value for the role, or place its engines on similar hosts.",
-        source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16.",
-        on_vllm=True),
+        source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16."),
     error("PD460", "A setting or the model asks for an extra of pdlaunch that is not installed.",
         "The extra `gguf` has the libraries that convert a .gguf file, `mooncake` has Mooncake, "
         "and `cuda` has the bindings through which the CuMem allocator calls the driver.",
         when=_missing_extras,
         fix="Install the extra for this Python, or remove the setting that needs it.",
-        source="pyproject.toml: optional-dependencies.", needs=("extras",)),
+        source="pyproject.toml: optional-dependencies.", needs=("extras",), native_alone=True),
 )
 # fmt: on

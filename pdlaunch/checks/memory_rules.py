@@ -223,15 +223,14 @@ RULES = (
         at="enable_cumem_allocator",
         message="enable_sleep_mode is on, but enable_cumem_allocator is false",
         fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
-        "off.", source="The CUDA driver's virtual memory management.", on_vllm=True),
+        "off.", source="The CUDA driver's virtual memory management."),
     error("PD202", "The CuMem allocator, or sleep mode, is not supported on the current platform.",
         "CuMem pools are memory of CUDA devices and need virtual memory management of the driver "
         "on each device. Sleep mode needs the pools. pdlaunch never silently omits them.",
         when=_no_cumem,
         fix="Switch enable_cumem_allocator and enable_sleep_mode off, run on a CUDA device, or "
         "update its driver.",
-        source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).", needs=("gpus",),
-        on_vllm=True),
+        source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).", needs=("gpus",)),
     error("PD204", "A KV connector is used together with torch's expandable_segments.",
         "Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at "
         "0.6 GB/s instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools "
@@ -242,7 +241,7 @@ RULES = (
         fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
         "--enable-cumem-allocator, --enable-sleep-mode, or kv_transfer.nixl.path: p2p.",
         source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0; vLLM 0.32 refuses only "
-        "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF.", on_vllm=True),
+        "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF."),
     error("PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
         "The engine would end with an out-of-memory error, at its start or under load. Memory that "
         "other processes hold now is subtracted, if the driver reports it.",
@@ -251,7 +250,7 @@ RULES = (
         "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
         "the processes that hold the GPU's memory (nvidia-smi shows them).",
         source="The model's config.json, the driver, and NVML for the free memory.",
-        needs=("model", "gpus", "gpu_memory"), on_vllm=True),
+        needs=("model", "gpus", "gpu_memory")),
     error("PD208",
         "The KV cache cannot hold one request of max_model_len, or of 256 tokens if that is not "
         "set.",
@@ -259,19 +258,19 @@ RULES = (
         "although it is within max_model_len.",
         over=Context.roles, when=_too_small, at="kv_cache_memory",
         fix="Raise kv_cache_memory, or lower max_model_len.",
-        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
+        source="Number of KV blocks against the longest request.", needs=("model",)),
     error("PD210", "Ranks that share a GPU need more memory than it has.",
         "Each rank takes its share of the whole device, so too little is left for the last rank "
         "to start.",
         when=_gpu_shares,
         fix="Lower gpu_memory_utilization of the engines that share a device, set "
         "kv_cache_memory, use fewer engines, or stop other processes that hold the GPU's memory.",
-        source=_PLACEMENT, needs=("gpus", "model", "gpu_memory"), on_vllm=True),
+        source=_PLACEMENT, needs=("gpus", "model", "gpu_memory")),
     warning("PD211", "Ranks of different engines share a GPU.",
         "Prefill and decode then slow each other down, which disaggregation is meant to prevent.",
         when=_shared_gpus, at="device",
         fix="Use as many GPUs as there are ranks, or fewer engines.", source=_PLACEMENT,
-        needs=("gpus",), on_vllm=True),
+        needs=("gpus",)),
     error("PD212", "Engines on the CPU and host tiers need more memory than the machine has.",
         "The kernel would kill a process while it loads, or under load. Every rank allocates "
         "kv_offload.host_memory at its start.",
@@ -279,7 +278,7 @@ RULES = (
         fix="Lower kv_cache_memory, kv_offload.host_memory (of one rank) or the number of engines, "
         "or use a smaller model.",
         source="The model's config.json and the machine (its control group included).",
-        needs=("memory",), on_vllm=True),
+        needs=("memory",)),
     warning("PD222", "An engine of vLLM asks for nearly all of a GPU.",
         "The whole share has to be free at the start of the engine, but contexts of CUDA and NCCL "
         "already hold some GB then. The engine exits at every attempt.",
@@ -290,7 +289,7 @@ RULES = (
         message="gpu_memory_utilization is {0.settings.gpu_memory_utilization:g}",
         fix=f"Set gpu_memory_utilization to {MOST_OF_A_GPU} or less.",
         source="aws-samples/aws-do-eks#79; vllm/v1/worker/utils.py, request_memory.",
-        needs=("gpus",), on_vllm=True),
+        needs=("gpus",)),
     warning("PD213",
         "The KV cache is in CuMem memory that the connector cannot map: this host has no fabric "
         "handles.",
@@ -302,11 +301,12 @@ RULES = (
         fix="Set kv_transfer.nixl.path to auto or p2p, turn the CuMem allocator off, or set "
         "up an IMEX channel on the host.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
-        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),
+        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric")),
     error("PD220", "The host tier does not work without the prefix cache.",
         "It stores and finds blocks by the hashes that prefix caching computes.",
         over=Context.roles, when=_lone_tier, at="enable_prefix_caching",
         fix="Switch enable_prefix_caching on, or remove kv_offload.",
-        source="The host tier is content-addressed by the hashes of the prefix cache."),
+        source="The host tier is content-addressed by the hashes of the prefix cache.",
+        native_alone=True),
 )
 # fmt: on

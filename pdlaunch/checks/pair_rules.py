@@ -145,20 +145,20 @@ RULES = (
         "region, and a block holds the layers of one group. If the windows of layers differ, a "
         "block has no counterpart.",
         over=Context.pairs, when=_different_shapes, at="model",
-        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",), on_vllm=True),
+        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",)),
     error("PD303", "Prefill and decode use different dtypes.",
         "KV blocks are copied as bytes. In another dtype the bytes are other numbers.",
         over=Context.pairs,
         when=lambda it: it[0].dtype and it[1].dtype and it[0].dtype != it[1].dtype and Found(),
         at="dtype", message="prefill computes in {0.dtype}, decode in {1.dtype}",
-        fix="Set dtype once, at the top level.", source=KV_LAYOUT, on_vllm=True),
+        fix="Set dtype once, at the top level.", source=KV_LAYOUT),
     error("PD304", "The block sizes of prefill and decode do not fit.",
         "Whole blocks are transferred, and their hashes chain over block_size tokens each. Only "
         "decode of vLLM on a GPU can use a multiple of prefill's block size. Without block_size, "
         "vLLM chooses a size.",
         over=Context.pairs, when=_block_sizes, at="block_size",
         fix="Set block_size once, at the top level.",
-        source=f"{KV_LAYOUT} vLLM 0.32: _validate_remote_agent_handshake.", on_vllm=True),
+        source=f"{KV_LAYOUT} vLLM 0.32: _validate_remote_agent_handshake."),
     error("PD309", "Prefill accepts longer requests than decode.",
         "Prefill computes a prompt that decode then refuses. The work is lost, and the client gets "
         "a late error.",
@@ -167,7 +167,7 @@ RULES = (
         at="max_model_len",
         message="prefill takes {0.max_model_len} tokens, decode {1.max_model_len}",
         fix="Set max_model_len once, at the top level.", source="The life of a request.",
-        needs=("model",), on_vllm=True),
+        needs=("model",)),
     error("PD314", "The connector nixl cannot join a GPU and a CPU.",
         "On every path, a rank reads only from peers on the same kind of device. No pair would "
         "shake hands, and the launch would never be ready.",
@@ -176,8 +176,7 @@ RULES = (
         message="prefill runs on {0.device} and decode on {1.device}, which the connector nixl "
         "does not join",
         fix="Set device once, at the top level, or set kv_transfer.connector to file.",
-        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",),
-        on_vllm=True),
+        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",)),
     error("PD317", "Prefill and decode load different revisions of a model.",
         "The weights differ, and with them the meaning of the numbers in KV blocks. Answers are "
         "wrong, with HTTP 200.",
@@ -186,22 +185,20 @@ RULES = (
         and it[0].settings.revision != it[1].settings.revision, at="revision",
         message="prefill loads revision {0.settings.revision}, decode {1.settings.revision}",
         fix="Set revision once, at the top level.",
-        source="vllm-project/vllm#55776: NIXL's handshake does not compare revisions.",
-        on_vllm=True),
+        source="vllm-project/vllm#55776: NIXL's handshake does not compare revisions."),
     error("PD316", "Engines of role both serve another model than prefill and decode.",
         "The router treats these engines as equal. An answer would come from either model, and an "
         "answer that another engine continues would come from two.",
         over=_beside_both, when=_both_differ, at="model",
         fix="Set model and load_format once, at the top level.",
         source="The router sends requests to either, and continues a stream at the other.",
-        needs=("model",), on_vllm=True),
+        needs=("model",)),
     error("PD423",
         "The path of KV blocks works only within a host, but engines of a pair are on different "
         "hosts.", "Path p2p maps the memory of a peer, which only processes of one host can do.",
         when=_p2p_between_hosts, at="kv_transfer.nixl.path",
         fix="Set kv_transfer.nixl.path to auto, or place prefill and decode engines on one host.",
-        source="Memory is mapped through file descriptors and handles of one kernel.",
-        on_vllm=True),
+        source="Memory is mapped through file descriptors and handles of one kernel."),
     error("PD428", "KV blocks would go between hosts over ports without authentication.",
         "NIXL's UCX and Mooncake can neither authenticate their peers nor encrypt. Anyone who "
         "reaches the data port of a rank can read and write the memory of its process. The side "
@@ -210,7 +207,7 @@ RULES = (
         when=_untrusted_network, at=_TRUSTED,
         fix=f"Set {_TRUSTED}: true if no stranger can reach that network (docs/hosts.md has rules "
         "for a firewall), use connector file, or place prefill and decode engines on one host.",
-        source=_PORTS, on_vllm=True),
+        source=_PORTS),
     warning("PD504", "A pair of ranks is slow.",
         "The first token of every prompt waits for its blocks. UCX copies memory that no peer can "
         "map (CuMem pools and expandable segments without fabric handles) through the host: 0.6 "
@@ -222,6 +219,6 @@ RULES = (
         "NUMA node, PCIe switch), and other users of the link.",
         source="The READ at the end of the handshake. Two H200s: P2P 340 to 394 GB/s, NIXL from "
         "CuMem pools 0.6; vLLM 0.24 with --enable-cumem-allocator 0.44, with both engines on one "
-        "GPU 0.3.", needs=("transport",), on_vllm=True),
+        "GPU 0.3.", needs=("transport",)),
 )
 # fmt: on

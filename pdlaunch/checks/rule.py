@@ -189,8 +189,8 @@ class Rule:
     message: str = ""
     # Facts that the rule needs; if one is unknown, the rule is listed as not checked
     needs: tuple[Need, ...] = ()
-    # The rule applies to engines of vLLM too. Rules of the family PD6 apply only to those.
-    on_vllm: bool = False
+    # The rule is not for engines of vLLM. Rules of the family PD6 are for no others.
+    native_alone: bool = False
 
     @property
     def is_of_machine(self) -> bool:

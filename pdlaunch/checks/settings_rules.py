@@ -56,25 +56,25 @@ RULES = (
         when=lambda context: not context.engines, at="prefill.replicas",
         message="no engine: prefill.replicas, decode.replicas and both.replicas are all 0",
         fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
-        source="The plan of a launch.", on_vllm=True),
+        source="The plan of a launch."),
     error("PD102", "There are prefill engines without decode engines, or the other way round.",
         "No KV blocks are transferred, and one role does the work of both.",
         when=_lone_role,
         fix="Give both roles an engine; or set both.replicas, and give neither an engine.",
-        source="The plan of a launch.", on_vllm=True),
+        source="The plan of a launch."),
     error("PD103", "The model cannot be found or cannot be served.",
         "Every engine would fail while it loads the model.",
         over=Context.roles,
         when=lambda each: (wrong := each.model.error) is not None
         and Found(str(wrong), fix=wrong.fix), at="model",
         fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported "
-        "family.", source="The model's own config.json.", needs=("model_files",), on_vllm=True),
+        "family.", source="The model's own config.json.", needs=("model_files",)),
     error("PD104", "tensor_parallel_size does not divide the attention heads of the model.",
         "Tensor parallelism gives every rank the same number of attention heads, and an equal "
         "part of the inner size.",
         when=_uneven_heads,
         fix="Choose a tensor_parallel_size that divides both numbers.",
-        source="Megatron-style tensor parallelism.", needs=("model",), on_vllm=True),
+        source="Megatron-style tensor parallelism.", needs=("model",)),
     error("PD105", "tensor_parallel_size does not fit the KV heads of the model.",
         "A rank holds whole KV heads. Either every rank holds the same number of heads, or every "
         "head is replicated on the same number of ranks.",
@@ -84,8 +84,7 @@ RULES = (
         message="tensor_parallel_size {0.tp_size} does not fit the model's {1.num_kv_heads} KV "
         "heads",
         fix="Choose a tensor_parallel_size that divides the number of KV heads, or a multiple of "
-        "it.", source="pdlaunch's KV layout: heads first, one region a head.", needs=("model",),
-        on_vllm=True),
+        "it.", source="pdlaunch's KV layout: heads first, one region a head.", needs=("model",)),
     error("PD106", "max_model_len is larger than the model supports.",
         "The model was not trained on positions beyond max_position_embeddings.",
         over=Context.shapes,
@@ -96,8 +95,7 @@ RULES = (
         message="max_model_len {0.settings.max_model_len} exceeds the model's "
         "{1.max_position_embeddings} positions",
         fix="Lower max_model_len, or leave it out.",
-        source="max_position_embeddings of the model's config.json.", needs=("model",),
-        on_vllm=True),
+        source="max_position_embeddings of the model's config.json.", needs=("model",)),
     error("PD107", "The lease on prefill's blocks is shorter than the longest transfer.",
         "When a lease ends, prefill gives the blocks to other requests. A pull that has not timed "
         "out yet then reads wrong bytes, and the prompt is computed again.",
@@ -109,7 +107,7 @@ RULES = (
         message="blocks are leased for {0.lease_s:g} s, but a pull may take {0.pull_timeout_s:g} s",
         fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
         source="vLLM: after its lease the late read succeeds, and decode answers wrong text with "
-        "HTTP 200 (measured).", on_vllm=True),
+        "HTTP 200 (measured)."),
     error("PD108", "block_size is not allowed by the attention backend of the device.",
         "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
         over=Context.on_cuda,
@@ -118,7 +116,7 @@ RULES = (
         at="block_size",
         message="block_size {0.settings.block_size} is not a multiple of 16, as CUDA needs",
         fix="Use a multiple of 16; blocks of 64 or 128 tokens are transferred faster.",
-        source="The paged variants of FlashAttention.", needs=("gpus",), on_vllm=True),
+        source="The paged variants of FlashAttention.", needs=("gpus",)),
     warning("PD111", "Pulled KV blocks are not verified.",
         "Without checksums, decode may use a block that was overwritten during the READ, and the "
         "answer is wrong with HTTP 200.",
@@ -126,7 +124,7 @@ RULES = (
         at="kv_transfer.verify",
         message="kv_transfer.verify is off: wrong KV blocks would go unnoticed",
         fix="Remove kv_transfer.verify: off; it is meant for measurements.",
-        source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).", on_vllm=True),
+        source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured)."),
     warning("PD112", "The API listens beyond this machine without a key.",
         "Anyone who can reach the port can use the engines, and can learn from the timing of the "
         "prefix cache what others have asked.",
@@ -135,12 +133,12 @@ RULES = (
         and not is_loopback(config.host), at="host",
         message="the API listens on {0.host} and asks for no key",
         fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
-        source="An open port answers everyone.", on_vllm=True),
+        source="An open port answers everyone."),
     error("PD113", "The router's certificate cannot be used.",
         "The router would fail to start.",
         over=lambda context: [context.config], when=_certificate_problem, at="ssl_certfile",
         fix="Name PEM files: the chain, and its private key without a password.",
-        source="ssl.SSLContext.load_cert_chain.", needs=("ports",), on_vllm=True),
+        source="ssl.SSLContext.load_cert_chain.", needs=("ports",)),
     error("PD122", "The autopilot is on, but decode engines never serve a request alone.",
         "With such a routing policy the autopilot changes roles whenever the load changes, and an "
         "engine does not serve during each change. Loads that changed every minute or two were "
@@ -150,13 +148,12 @@ RULES = (
         and config.routing.policy not in ONE_ENGINE_POLICIES,
         at="autopilot", message="autopilot is on with routing: {0.routing.policy}",
         fix=f"Set routing: {' or '.join(ONE_ENGINE_POLICIES)}; or set autopilot: dry-run to see "
-        "what the autopilot would do.",
-        source="benchmarks/autopilot.py (simulated).", on_vllm=True),
+        "what the autopilot would do.", source="benchmarks/autopilot.py (simulated)."),
     info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",
         over=Context.roles, when=lambda each: each.settings.load_format == "dummy",
         at="load_format", message="load_format is dummy: the answers are meaningless",
-        fix="Remove load_format.", source="load_format.", on_vllm=True),
+        fix="Remove load_format.", source="load_format."),
     error(
         "PD119", "Files of the model are missing, damaged, or do not fit its config.json.",
         "Engines read *.safetensors. With a truncated or missing file, every rank would fail after "
@@ -169,6 +166,6 @@ RULES = (
         ], when=lambda it: Found(str(it[1]), fix=it[1].fix), at="model",
         fix="Complete the download, or convert the weights to safetensors.",
         source="The format of safetensors; pickle's own documentation warns of untrusted files.",
-        needs=("weights",), on_vllm=True),
+        needs=("weights",)),
 )
 # fmt: on

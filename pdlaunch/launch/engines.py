@@ -195,9 +195,7 @@ class VllmEngine:
     def rules(self) -> Sequence[Rule]:
         rules = all_rules().values()
         return tuple(
-            rule
-            for rule in rules
-            if rule.on_vllm or (rule.code[:3] == "PD6" and rule.code not in OF_RUNNING_ENGINES)
+            rule for rule in rules if not rule.native_alone and rule.code not in OF_RUNNING_ENGINES
         )
 
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
