@@ -294,7 +294,7 @@ class Simulation:
             reason="",
             load=counts.num_works,
             num_devices=1,
-            computing=self._history.computing(engine.name),
+            computing=self._history.computing(counts),
             waiting_prompt_tokens=counts.waiting_tokens(self.now, counts.tokens_per_s),
             prompt_tokens_per_s=counts.tokens_per_s,
             reading=reading,

@@ -2,17 +2,15 @@
 
 import asyncio
 import os
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pdlaunch.cli.flags import with_router_flags
 from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption, StopOption
 from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
-from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import EngineName
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.engine_calls import EngineApi
@@ -22,8 +20,8 @@ from pdlaunch.machine.network import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.process.bootstrap import raise_open_files
-from pdlaunch.protocol.process.run_dirs import new_launch_id, new_run_dir
-from pdlaunch.router.main import AloneSpec, run_alone
+from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.router.main import run_alone
 from pdlaunch.router.membership import Member, WatchSettings, read_engines_file, to_member
 
 ASK_TIMEOUT_S = 5.0
@@ -64,8 +62,17 @@ def router(
         lifeline = standard_input() if stop_on_stdin_eof else None
         raise_open_files()
         setup_logging("router", loaded.log_level, form=loaded.log_format)
+        watch = WatchSettings(
+            served_model_name=model,
+            capabilities=capabilities_over_http("vllm" if loaded.engine == "vllm" else "native"),
+            is_exact=loaded.dtype == "float32",
+        )
         with listening(loaded.host, loaded.port) as listeners, new_run_dir() as folder:
-            asyncio.run(_serve(_spec(loaded, model, members, listeners, folder), lifeline))
+            spec = router_spec(loaded, model, listeners)
+            for listener in listeners:
+                listener.detach()  # the router closes them
+            file = None if loaded.engines_file is None else Path(loaded.engines_file)
+            asyncio.run(_serve(lifeline, partial(run_alone, spec, watch, members, file, folder)))
 
 
 async def _ask_for_model(members: Sequence[Member]) -> str:
@@ -90,27 +97,9 @@ async def _ask_for_model(members: Sequence[Member]) -> str:
     raise ConfigError(why, field="served_model_name", fix=fix)
 
 
-def _spec(
-    config: LaunchConfig,
-    model: str,
-    members: Sequence[Member],
-    listeners: Sequence[socket.socket],
-    run_dir: Path,
-) -> AloneSpec:
-    kind: EngineName = "vllm" if config.engine == "vllm" else "native"
-    router = router_spec(config, model, listeners)
-    for listener in listeners:
-        listener.detach()  # the router closes them
-    watch = WatchSettings(
-        served_model_name=model,
-        capabilities=capabilities_over_http(kind),
-        is_exact=config.dtype == "float32",
-    )
-    file = None if config.engines_file is None else Path(config.engines_file)
-    return AloneSpec(router, watch, members, file, run_dir=run_dir, launch_id=new_launch_id())
-
-
-async def _serve(spec: AloneSpec, lifeline: int | None) -> None:
+async def _serve(
+    lifeline: int | None, run: Callable[[asyncio.Queue[None]], Awaitable[None]]
+) -> None:
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[None]()
     if lifeline is not None:
 
@@ -120,5 +109,5 @@ async def _serve(spec: AloneSpec, lifeline: int | None) -> None:
                 signals.put_nowait(None)
 
         loop.add_reader(lifeline, read)
-    await run_alone(spec, signals)
+    await run(signals)
     sys.stderr.flush()

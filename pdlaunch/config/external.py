@@ -3,7 +3,7 @@
 import posixpath
 import re
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -18,25 +18,13 @@ _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class EngineAddress(NamedTuple):
-    """Holds the parts of an engine's URL; only ``path`` for a Unix socket."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str = ""
-
-    def __str__(self) -> str:
-        return f"{UNIX}{self.path}" if self.path else url_of(self.scheme, self.host, self.port)
-
-
-def read_engine_url(url: str) -> EngineAddress:
-    """Return the parts of ``http(s)://HOST:PORT`` or ``unix:/PATH``. Raises ValueError."""
+def read_engine_url(url: str) -> str:
+    """Return ``http(s)://HOST:PORT`` or ``unix:/PATH`` in one form. Raises ValueError."""
     if url.startswith(UNIX):
         path = url.removeprefix(UNIX)
         if not path.startswith("/") or posixpath.normpath(path) != path or "\0" in path:
             raise ValueError(f"{url[:100]!r}: write the whole path of the socket: unix:/run/x.sock")
-        return EngineAddress("unix", "", 0, path)
+        return url
     if "@" in url:
         raise ValueError("a URL must hold no user or key; name the key's variable in api_key_env")
     try:
@@ -57,7 +45,7 @@ def read_engine_url(url: str) -> EngineAddress:
     ):
         fix = "write http://HOST:PORT, https://HOST:PORT or unix:/PATH"
         raise ValueError(f"{url[:100]!r} is not the URL of an engine; {fix}")
-    return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
+    return url_of(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
 
 
 def _read_engine(value: object) -> object:
@@ -77,7 +65,7 @@ class RunningEngine(FrozenModel):
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         description="Name in metrics and logs; ROLE-N when unset.")
     role: Role = Field(description="What the router uses it for.")
-    url: Annotated[str, AfterValidator(lambda url: str(read_engine_url(url)))] = Field(
+    url: Annotated[str, AfterValidator(read_engine_url)] = Field(
         description="http://HOST:PORT, https://HOST:PORT or unix:/PATH.")
     api_key_env: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",

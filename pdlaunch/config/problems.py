@@ -24,14 +24,11 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        field = f"{self.field}: " if self.field and not self._where_names_field() else ""
-        fix = f"; {self.fix}" if self.fix else ""
-        return f"{place}{field}{self.message}{fix}"
-
-    def _where_names_field(self) -> bool:
         name = (self.where or "").removeprefix("--").lower().removeprefix("pdlaunch_")
-        plain = re.sub(r"[-.]|__", "_", name)
-        return self.where == self.field or plain == (self.field or "").replace(".", "_")
+        plain, field = re.sub(r"[-.]|__", "_", name), self.field or ""
+        is_named = not field or self.where == field or plain == field.replace(".", "_")
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{place}{'' if is_named else f'{field}: '}{self.message}{fix}"
 
 
 class InvalidConfigError(ConfigError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
-from pdlaunch.config.settings import all_flags, all_settings, sections
+from pdlaunch.config.settings import all_settings, sections, variable_name, variable_paths
 from pdlaunch.config.vllm_arguments import fix_of_field
 
 MAX_FILE_BYTES = 256 * 1024
@@ -63,7 +63,8 @@ class _Reader:
             if name not in names:
                 match = nearest(name, names)
                 fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
-                if meant := _path_of_flag(path):
+                # Variables are named after flags, too: ``kv_connector``, ``prefill.tp``.
+                if meant := variable_paths().get(variable_name(path.replace(".", "_"))):
                     fix = f"in a file it is {meant}"
                 fix = fix_of_field(name) or fix
                 self._problem(key, "unknown field", path, fix)
@@ -133,12 +134,6 @@ class _Reader:
         where = _place(self._file, node.start_mark.line, node.start_mark.column)
         field = shown_name(path) if path else None
         self.problems.append(Problem(message, field, fix=fix, where=where))
-
-
-def _path_of_flag(name: str) -> str | None:
-    """Return the path of the setting whose flag has this name: ``kv_connector``, ``prefill.tp``."""
-    plain = name.replace("_", "-").replace(".", "-")
-    return next((path for path, flag in all_flags().items() if flag.name == plain), None)
 
 
 def _kind(node: yaml.Node) -> str:

@@ -199,7 +199,7 @@ class DeploymentView:
             load=engine.num_works,
             num_devices=len(engine.devices),
             max_running=engine.capabilities.max_num_seqs,
-            computing=self._history.computing(engine.name),
+            computing=self._history.computing(engine),
             waiting_prompt_tokens=engine.waiting_tokens(now_at, engine.tokens_per_s),
             prompt_tokens_per_s=engine.tokens_per_s,
             reading=history.reading(time.monotonic()) if history and is_its else None,
@@ -336,10 +336,10 @@ class RateHistory:
         if best is None or token_ms * factor < (best.mean_inter_token_ms or 0.0):
             self.fastest = point
 
-    def computing(self, engine: str) -> float:
-        (before_at, before), (now_at, now) = self._past[0], self.totals()
-        word, span_s = _COMPUTING + engine, now_at - before_at
-        grown_s = now.get(word, 0.0) - before.get(word, 0.0)
+    def computing(self, engine: Engine) -> float:
+        (before_at, before), now_at = self._past[0], self._clock()
+        span_s, before_s = now_at - before_at, before.get(_COMPUTING + engine.name, 0.0)
+        grown_s = engine.computing_since_start_s(now_at) - before_s
         return min(1.0, max(0.0, grown_s / span_s)) if span_s > 0 else 0.0
 
     def now(self) -> Rates:

@@ -17,7 +17,6 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from pdlaunch.protocol import control
 from pdlaunch.protocol.bottleneck import HOLD_S, Look, decide
 from pdlaunch.protocol.certificates import CertificateFiles, client_context
 from pdlaunch.protocol.process.bootstrap import RouterSpec
-from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
+from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard, new_launch_id
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -60,16 +59,6 @@ _NOT_OURS = (
 )
 # The garbage collector runs after this many new objects (allocations minus deallocations).
 _NEW_OBJECTS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class AloneSpec:
-    router: RouterSpec
-    watch: WatchSettings
-    engines: Sequence[Member]
-    engines_file: Path | None
-    run_dir: Path
-    launch_id: str
 
 
 @contextlib.asynccontextmanager
@@ -229,11 +218,18 @@ async def _obey(
                 raise error
 
 
-async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
+async def run_alone(
+    spec: RouterSpec,
+    watch: WatchSettings,
+    engines: Sequence[Member],
+    engines_file: Path | None,
+    run_dir: Path,
+    signals: asyncio.Queue[None],
+) -> None:
     """Serve until the first of ``signals``, then drain until a time-out or the next signal."""
-    spec = limited(alone.router)
+    spec = limited(spec)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
-    membership = WatchedMembership(alone.watch, pool, metrics)
+    membership = WatchedMembership(watch, pool, metrics)
     client, prove_again = EngineClient(membership.key_of), membership.prove_again
     state = RouterState(pool, client, metrics, prove_again=prove_again, keys=spec.keys)
     link = SupervisorLink(
@@ -243,17 +239,17 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    for member in alone.engines:
+    for member in engines:
         membership.add(member, "config")
     tasks = [asyncio.ensure_future(router.view.run())]
-    if alone.engines_file is not None:
-        following = membership.follow(alone.engines_file, spec.drain_timeout_s)
+    if engines_file is not None:
+        following = membership.follow(engines_file, spec.drain_timeout_s)
         tasks.append(asyncio.ensure_future(following))
     membership.announce = state.update
     membership.publish()
     try:
-        async with serving(router, spec, alone.run_dir, alone.launch_id) as url:
-            _logger.info("listening at %s, for commands at %s", url, alone.run_dir / ADMIN_SOCKET)
+        async with serving(router, spec, run_dir, new_launch_id()) as url:
+            _logger.info("listening at %s, for commands at %s", url, run_dir / ADMIN_SOCKET)
             await signals.get()
             timeout_s, num_left = spec.drain_timeout_s, router.admission.in_flight
             _logger.info("draining for %g s at most: %d requests left", timeout_s, num_left)

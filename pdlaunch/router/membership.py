@@ -416,20 +416,16 @@ def read_engines_file(path: Path) -> list[RunningEngine]:
     values, _, problems = read_yaml(path)
     if problems:
         raise InvalidConfigError(problems)
-    if set(values) != {"engines"} or not isinstance(engines := values["engines"], list):
-        raise _unusable(path, "it must hold `engines: [{role, url, ...}]` and nothing else")
     try:
+        if set(values) != {"engines"} or not isinstance(engines := values["engines"], list):
+            raise ValueError("it must hold `engines: [{role, url, ...}]` and nothing else")
         return named(_engines.validate_python(tuple(engines)))
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in details)
     except ValueError as error:
         reason = str(error)
-    raise _unusable(path, reason)
-
-
-def _unusable(path: Path, reason: str) -> ConfigError:
-    return ConfigError(
+    raise ConfigError(
         f"{path} cannot be used: {reason}",
         field="engines_file",
         value=str(path),

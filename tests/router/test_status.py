@@ -162,13 +162,13 @@ def test_the_time_in_which_an_engine_computes_prompts() -> None:
     for outcome in ("a token", "a failure"):
         with engine.working(clock, num_prompt_tokens=10, num_uncached=10) as begin:
             clock.now += 1.0
-            assert history.computing("prefill-0") == pytest.approx(
+            assert history.computing(engine) == pytest.approx(
                 {"a token": 1 / 2, "a failure": 2 / 4}[outcome]
             )
             if outcome == "a token":
                 begin()
         clock.now += 1.0
-    assert history.computing("prefill-0") == pytest.approx(2 / 5)
+    assert history.computing(engine) == pytest.approx(2 / 5)
 
 
 def test_every_word_is_on_the_page_of_a_native_engine() -> None:

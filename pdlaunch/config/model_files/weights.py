@@ -80,8 +80,9 @@ def weight_files(model_dir: Path) -> list[Path]:
         for file in files:
             _check_safetensors(file)
         return files
+    names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     raise ConfigError(
-        f"{model_dir} has no {_shorten(missing) or 'model*.safetensors'}"
+        f"{model_dir} has no {names or 'model*.safetensors'}"
         + (f", which {INDEX} names" if missing and index.is_file() else ""),
         field="model",
         value=str(model_dir),
@@ -191,10 +192,6 @@ def _described(kind: str, head: bytes) -> str:
 def _unreadable(path: Path, error: OSError) -> ConfigError:
     reason = error.strerror or error
     return ConfigError(f"{path} cannot be read: {reason}", field="model", value=str(path))
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_gguf(path: Path) -> None:
