@@ -163,6 +163,7 @@ def render(source: str, messages=HELLO, tokens=None, **options) -> str:
     ("source", "text"),
     [
         ("{{ messages[0]['content'] | tojson }}", '"<é>"'),
+        ("{{ messages[0]['content'] | tojson(true) }}", '"<\\u00e9>"'),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{{ eos_token }}", "</s>"),
         ("{% if tools is none and documents is none %}none{% endif %}", "none"),
