@@ -50,7 +50,7 @@ class Phase(enum.Enum):
 QUEUED = (Phase.WAITING, Phase.READY)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Request:
     """Holds the state of one request.
 

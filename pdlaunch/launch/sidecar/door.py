@@ -42,7 +42,7 @@ _TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, DATA_PARALLEL_HEADER, *PASSED_HEAD
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Door:
     """Forwards requests with the launch's token, or the engine's key. Needs a running loop."""
 

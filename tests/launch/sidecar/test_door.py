@@ -227,6 +227,7 @@ async def test_routers_on_other_hosts_follow_what_the_engine_holds(scene: Scene)
     ) as answer:
         assert answer.status == 401
     assert not scene.seen
+    assert "of-the-engine" not in repr(scene.door)
 
 
 async def test_a_port_that_is_busy_is_told(scene: Scene) -> None:
