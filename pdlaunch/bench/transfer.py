@@ -105,13 +105,6 @@ def bench_transfer(options: TransferOptions) -> list[Timing]:
     return rows
 
 
-def probe_pair(options: TransferOptions) -> PairReady:
-    """Let two ranks shake hands with a launch's settings. Raises TransferError."""
-    settings = KVTransferSettings.model_validate(options.kv_transfer)
-    with contextlib.ExitStack() as stack:
-        return RankPair(stack, settings, options).ready
-
-
 def _measure(pairs: Sequence[RankPair], options: TransferOptions, count: int) -> Timing:
     """Pull ``count`` blocks without and with checksums, in turns. All turns pull equal blocks."""
     source = random.Random(count)
@@ -318,7 +311,12 @@ def main() -> None:
     """Read ``TransferOptions`` from a JSON argument; print the rows, or the measured pair."""
     options = msgspec.json.decode(sys.argv[1], type=TransferOptions)
     try:
-        found = bench_transfer(options) if options.kv_transfer is None else probe_pair(options)
+        if options.kv_transfer is None:
+            found: object = bench_transfer(options)
+        else:
+            settings = KVTransferSettings.model_validate(options.kv_transfer)
+            with contextlib.ExitStack() as stack:
+                found = RankPair(stack, settings, options).ready
     except PdlaunchError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(msgspec.json.encode(found).decode() + "\n")

@@ -12,7 +12,7 @@ from pdlaunch.config.field_types import FrozenModel, read_list
 from pdlaunch.config.http_names import url_of
 from pdlaunch.config.roles import Role
 
-UNIX = "unix:"
+UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 # A label of a DNS name (RFC 1035), or an IPv6 address
 _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -20,11 +20,11 @@ from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
+from pdlaunch.config.external import UNIX
 from pdlaunch.errors import ProtocolError
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.protocol.control import Capabilities
 
-UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 CONNECT_S = 5.0
 # Largest status or metrics page of an engine. vLLM's /metrics has up to 300 kB; parsing 4 MiB
 # takes a second.

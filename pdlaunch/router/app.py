@@ -271,7 +271,7 @@ class RouterApp:
                             headers=ignored_fields_header(ignored),
                         )
                     except EngineFailure:
-                        pool.failed(engine)
+                        engine.health.failed(pool.clock())
                         tried |= {engine.key}
         raise unavailable("no engine is ready", "no_engine_ready")
 

@@ -147,15 +147,6 @@ class EnginePool:
         ready = (each.name for each in self._engines.values() if each.ready)
         return sum(map(self.index.num_ranks, ready)) > 1 and num_tokens >= self.index.least_tokens
 
-    def served(self, engine: Engine) -> None:
-        engine.health.succeeded(self.clock())
-
-    def failed(self, engine: Engine) -> None:
-        engine.health.failed(self.clock())
-
-    def pulled(self, prefill: Engine, decode: Engine, *, ok: bool) -> None:
-        decode.health.pulled(prefill.key, self.clock(), ok=ok)
-
     def pair_states(self) -> dict[tuple[str, str], HealthState]:
         names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
         return {

