@@ -115,7 +115,7 @@ class Simulation:
         self._version = 0
         self._publish()
         self.metrics = RouterMetrics("simulated")
-        self._history = RateHistory(self.metrics, self.clock, self.clock, self.pool)
+        self._history = RateHistory(self.metrics, self.clock, self.pool)
         self._taken_at = 0.0
         self._arrivals = iter(self._arrive(phases, random.Random(seed)))
         self._next = next(self._arrivals, None)

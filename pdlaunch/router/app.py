@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ from pdlaunch.router.state import RouterState
 
 logger = logging.getLogger(__name__)
 
-_PAGE = Path(str(resources.files("pdlaunch.router") / "static"))
+_PAGE = Path(__file__).with_name("static")
 _PAGE_FILES = {f"/pdlaunch/{file.name}": file for file in sorted(_PAGE.iterdir())}
 _PAGE_FILES["/pdlaunch/"] = _PAGE_FILES.pop("/pdlaunch/page.html")
 PAGE_PATHS = ("/", *_PAGE_FILES)

@@ -103,7 +103,7 @@ class DeploymentView:
         self._admission = admission
         self._model = served_model_name
         self._start_at = time.monotonic()
-        self._history = RateHistory(state.metrics, time.monotonic, time.time, state.pool)
+        self._history = RateHistory(state.metrics, time.time, state.pool)
         self._histories: dict[str, EngineHistory] = {}
         self._reading: asyncio.Task[None] | None = None
         self._fresh_until_at = 0.0
@@ -316,7 +316,6 @@ class RateHistory:
     """Holds the rates of the router's counters; ``take`` has to be called every ``STEP_S``."""
 
     _metrics: RouterMetrics
-    _clock: Callable[[], float]
     _wall_clock: Callable[[], float]  # returns Unix time
     _pool: EnginePool
     fastest: Rates | None = None
@@ -337,7 +336,7 @@ class RateHistory:
             self.fastest = point
 
     def computing(self, engine: Engine) -> float:
-        (before_at, before), now_at = self._past[0], self._clock()
+        (before_at, before), now_at = self._past[0], self._pool.clock()
         span_s, before_s = now_at - before_at, before.get(_COMPUTING + engine.name, 0.0)
         grown_s = engine.computing_since_start_s(now_at) - before_s
         return min(1.0, max(0.0, grown_s / span_s)) if span_s > 0 else 0.0
@@ -355,7 +354,7 @@ class RateHistory:
             # A closed connection of a client is not an error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[name] += sample.value
-        now_at = self._clock()
+        now_at = self._pool.clock()
         for engine in self._pool.engines:
             sums[_COMPUTING + engine.name] = engine.computing_since_start_s(now_at)
         return now_at, sums

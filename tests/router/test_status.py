@@ -106,7 +106,7 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
 
 def test_rates_errors_and_times_of_each_step() -> None:
     clock, metrics = FakeClock(), RouterMetrics("m")
-    history = RateHistory(metrics, clock, lambda: clock.now + 1e9, EnginePool(clock))
+    history = RateHistory(metrics, lambda: clock.now + 1e9, EnginePool(clock))
     request = RequestClock(metrics.requests, clock)
     clock.now += 0.5
     request.tokens(0, 1)
@@ -131,7 +131,7 @@ def test_rates_errors_and_times_of_each_step() -> None:
 
 def test_the_fastest_tokens_are_those_of_few_streams() -> None:
     clock, metrics = FakeClock(), RouterMetrics("m")
-    history = RateHistory(metrics, clock, lambda: clock.now, EnginePool(clock))
+    history = RateHistory(metrics, lambda: clock.now, EnginePool(clock))
 
     def take(token_ms: float, num_streams: int) -> float | None:
         """Let streams run for two seconds; return what the fastest of all tokens took."""
@@ -156,7 +156,7 @@ def test_the_time_in_which_an_engine_computes_prompts() -> None:
     pool = EnginePool(clock)
     entry = Entry(name="prefill-0", kind="server", engine="prefill-0", incarnation=1, state="ready")
     pool.update(Registry(version=1, entries=[entry]))
-    history = RateHistory(RouterMetrics("m"), clock, clock, pool)
+    history = RateHistory(RouterMetrics("m"), clock, pool)
     (engine,) = pool.engines
     clock.now += 1.0
     for outcome in ("a token", "a failure"):
