@@ -34,11 +34,6 @@ class LimitSettings(FrozenModel):
     request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
     # fmt: on
 
-    @property
-    def body_budget_bytes(self) -> int:
-        """Return the bytes that the bodies of all requests in flight may hold."""
-        return 8 * self.max_body_bytes
-
 
 class RoutingSettings(FrozenModel):
     """Holds the settings with which a router chooses engines for a request."""

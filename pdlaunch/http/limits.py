@@ -17,6 +17,7 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
 BODY_SILENCE_S = 15.0  # longest wait for the next piece of a body
+NUM_BODIES = 8  # of the largest size, which all requests in flight may hold together
 SMALL_BODY_BYTES = 256 * 1024
 LARGE_SHARE = 3 / 4  # share of the budget for large bodies; the rest is for small ones
 ROUTER_ADDS_BYTES = 1024**2  # what a router adds: kv_transfer_params, first tokens, a seed
@@ -220,10 +221,13 @@ async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
         raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
 
 
-def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
-    """Return the length of the longest body that a router may send to an engine, in bytes."""
+def engine_bodies(max_body_bytes: int, max_model_len: int) -> BodyBudget:
+    """Return the limits of an engine whose router admits bodies of ``max_body_bytes``."""
     # To continue an answer at another engine, a router adds all tokens so far, for each choice.
-    return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
+    added_bytes = ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
+    longest = max_body_bytes + added_bytes
+    # Room for the bodies that a router admits, and for two of the longest that it can send.
+    return BodyBudget(NUM_BODIES * max_body_bytes + 2 * longest, longest)
 
 
 _input_threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")

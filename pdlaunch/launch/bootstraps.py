@@ -111,7 +111,6 @@ class Bootstraps:
             data_ports=config.kv_transfer.data_ports,
             max_model_len=launch.roles[spec.role].max_model_len,
             max_body_bytes=config.limits.max_body_bytes,
-            body_budget_bytes=config.limits.body_budget_bytes,
             max_connections=config.limits.max_connections,
         )
 

@@ -17,6 +17,7 @@ from aiohttp import hdrs, web
 
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http import headers, limits
 from pdlaunch.http.app import (
     AppRoute,
     Guard,
@@ -28,16 +29,6 @@ from pdlaunch.http.app import (
     request_id_of,
 )
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, error_status, json_response, unavailable
-from pdlaunch.http.headers import (
-    REQUEST_ID_HEADER,
-    ROUTE_HEADER,
-    SESSION_HEADER,
-    SPANS_HEADER,
-    WANTS_PAIR,
-    headers_to_pass,
-    ignored_fields_header,
-)
-from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.protocol.control import MODEL_CHANGED, why_withheld
@@ -95,10 +86,12 @@ class RouterApp:
         self._spec = spec
         self._state = state
         self._started = int(time.time())
-        self.admission = Admission(spec.max_queued_requests, shutting_down)
+        self.admission = limits.Admission(spec.max_queued_requests, shutting_down)
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
-        self._deadlines = Deadlines(spec.request_timeout_s, shutting_down)
-        self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
+        self._deadlines = limits.Deadlines(spec.request_timeout_s, shutting_down)
+        self._bodies = limits.BodyBudget(
+            limits.NUM_BODIES * spec.max_body_bytes, spec.max_body_bytes
+        )
         self.history = RequestHistory()
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
@@ -182,7 +175,9 @@ class RouterApp:
             writer = None
             if is_response:
                 translate = partial(responses.read_response_request, body, request_id_of(http))
-                body, writer = await work_at_input(len(body) >= LARGE_BODY_BYTES, translate)
+                body, writer = await limits.work_at_input(
+                    len(body) >= limits.LARGE_BODY_BYTES, translate
+                )
             request = await self._read(endpoint, http, body)
             record, num_prompts = record_of(http), len(request.prompts)
             record.understood(request.fields.model, num_prompts)
@@ -207,14 +202,14 @@ class RouterApp:
             body,
             served_model_name=self._spec.served_model_name,
             request_id=request_id,
-            hop_id=HopId(request_id) if REQUEST_ID_HEADER not in given else _hop_id(request_id),
-            headers={SPANS_HEADER: "1"} | headers_to_pass(given),
-            wants_pair=given.get(ROUTE_HEADER) == WANTS_PAIR,
-            session=given.get(SESSION_HEADER, ""),
+            hop_id=_hop_id(request_id) if headers.REQUEST_ID_HEADER in given else HopId(request_id),
+            headers={headers.SPANS_HEADER: "1"} | headers.headers_to_pass(given),
+            wants_pair=given.get(headers.ROUTE_HEADER) == headers.WANTS_PAIR,
+            session=given.get(headers.SESSION_HEADER, ""),
             is_vllm=self._state.pool.is_vllm,
             is_fair=self._state.turns.is_fair,
         )
-        return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)
+        return await limits.work_at_input(len(body) >= limits.LARGE_BODY_BYTES, read)
 
     async def _answer(
         self,
@@ -227,7 +222,7 @@ class RouterApp:
         state, record = self._state, record_of(http)
         stream: ClientStream | None = None
         if request.fields.stream:
-            own = {REQUEST_ID_HEADER: request_id_of(http)}
+            own = {headers.REQUEST_ID_HEADER: request_id_of(http)}
             stream = (
                 responses.ResponseStream(http, own, writer) if writer else ClientStream(http, own)
             )
@@ -253,8 +248,8 @@ class RouterApp:
 
     async def _pass_on(self, http: web.Request) -> web.Response:
         pool, tried = self._state.pool, frozenset[EngineKey]()
-        own = {SPANS_HEADER: "1", REQUEST_ID_HEADER: _hop_id(request_id_of(http))}
-        headers = own | headers_to_pass(http.headers)
+        own = {headers.SPANS_HEADER: "1", headers.REQUEST_ID_HEADER: _hop_id(request_id_of(http))}
+        sent = own | headers.headers_to_pass(http.headers)
         client = self._state.clients.of(http)
         async with self._bodies.read(http) as body:
             with self.admission.admit(1), client.admit(1, 0, lambda: (0, 0)):
@@ -262,12 +257,12 @@ class RouterApp:
                     try:
                         async with self._deadlines.start()():
                             answer, ignored = await self._state.client.ask(
-                                engine, http.path, body, headers
+                                engine, http.path, body, sent
                             )
                         return web.Response(
                             body=answer,
                             content_type="application/json",
-                            headers=ignored_fields_header(ignored),
+                            headers=headers.ignored_fields_header(ignored),
                         )
                     except EngineFailure:
                         engine.health.failed(pool.clock())

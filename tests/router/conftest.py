@@ -32,7 +32,6 @@ SPEC = RouterSpec(
     port=0,
     served_model_name="tiny",
     max_body_bytes=100_000,
-    body_budget_bytes=800_000,
     max_queued_requests=16,
     max_connections=1000,
     request_timeout_s=20.0,

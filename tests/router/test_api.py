@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
-from pdlaunch.http.limits import LARGE_BODY_BYTES, SMALL_BODY_BYTES, max_engine_body_bytes
+from pdlaunch.http.limits import LARGE_BODY_BYTES, SMALL_BODY_BYTES, engine_bodies
 from pdlaunch.protocol.control import MODEL_CHANGED, Registry
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.app import PAGE_PATHS
@@ -136,7 +136,7 @@ def test_no_text_becomes_markup() -> None:
         assert not re.search(ways, file.read_text()), file.name
 
 
-LARGE = {"max_body_bytes": 2**21, "body_budget_bytes": 2**22}
+LARGE = {"max_body_bytes": 2**21}
 
 
 async def post(stand: Stand, path: str, raw: bytes) -> tuple[int, dict[str, Any]]:
@@ -203,6 +203,6 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
     )
     (prompt,) = request.prompts
     resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}
-    limit = max_engine_body_bytes(len(raw), max_model_len)
+    limit = engine_bodies(len(raw), max_model_len).max_body_bytes
     assert len(raw) < len(prompt.prefill_body(knows_whole_request=True)) <= limit
     assert len(raw) < len(prompt.decode_body({"resume": resume})) <= limit

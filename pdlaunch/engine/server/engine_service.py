@@ -31,7 +31,7 @@ from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, json_response
 from pdlaunch.http.kv_feed import KVFeed
-from pdlaunch.http.limits import Admission, BodyBudget, Deadlines, Grow, max_engine_body_bytes
+from pdlaunch.http.limits import Admission, Deadlines, Grow, engine_bodies
 from pdlaunch.observe.counters import COUNTERS, HISTOGRAMS
 from pdlaunch.observe.metrics import RequestMetrics, buckets_of
 from pdlaunch.protocol.control import SleepState
@@ -194,10 +194,7 @@ class EngineService:
         limits = spec.limits
         self.admission = Admission(limits.max_queued_requests, _shutting_down)
         self.deadlines = Deadlines(limits.request_timeout_s, _shutting_down)
-        self.max_body_bytes = max_engine_body_bytes(limits.max_body_bytes, spec.max_model_len)
-        # The budget of a router, and room for one of the longest bodies that a router may send.
-        budget_bytes = limits.body_budget_bytes + 2 * self.max_body_bytes
-        self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
+        self.bodies = engine_bodies(limits.max_body_bytes, spec.max_model_len)
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )

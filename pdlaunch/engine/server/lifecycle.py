@@ -90,7 +90,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         ),
         open_paths=OPEN_PATHS,
         metrics=service.metrics.requests,
-        max_body_bytes=service.max_body_bytes,
+        max_body_bytes=service.bodies.max_body_bytes,
     ).app
 
 

@@ -23,7 +23,7 @@ from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER, PASSED_HEADERS, REQUEST_ID_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
-from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
+from pdlaunch.http.limits import engine_bodies
 from pdlaunch.machine.network import LISTEN_BACKLOG
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.certificates import server_context
@@ -55,12 +55,7 @@ class Door:
 
     def __post_init__(self) -> None:
         spec, keys = self.spec, self.keys
-        length = spec.max_model_len or MOST_TOKENS
-        self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
-        # Room for the bodies that a router admits, and for two of the longest that it can send.
-        self._bodies = BodyBudget(
-            spec.body_budget_bytes + 2 * self._max_body_bytes, self._max_body_bytes
-        )
+        self._bodies = engine_bodies(spec.max_body_bytes, spec.max_model_len or MOST_TOKENS)
         self._calls = EngineCalls(CONNECT_S)
         assert keys.certificate is not None, "launches on several hosts have one"
         self._runner = HttpRunner(
@@ -105,7 +100,7 @@ class Door:
                 code="invalid_api_key",
             ),
             metrics=RequestMetrics(CollectorRegistry(), {"engine": self.name}),
-            max_body_bytes=self._max_body_bytes,
+            max_body_bytes=self._bodies.max_body_bytes,
         ).app
 
     async def _pass_on(self, http: web.Request) -> web.StreamResponse:

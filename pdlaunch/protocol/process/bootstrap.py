@@ -53,7 +53,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[ClientKey, ...] = ()  # API keys of clients; empty: clients need no key
     certificate: CertificateFiles | None = None  # None: no TLS
     max_body_bytes: int
-    body_budget_bytes: int  # limit for all bodies in flight together
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float
@@ -74,7 +73,6 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
     data_ports: str  # ``kv_transfer.data_ports``; vLLM's own side channel uses one of them
     max_model_len: int | None  # None: the engine checks it
     max_body_bytes: int
-    body_budget_bytes: int
     max_connections: int
 
 

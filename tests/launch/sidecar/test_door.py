@@ -27,7 +27,6 @@ SPEC = DoorSpec(
     data_ports="21000-21999",
     max_model_len=16,
     max_body_bytes=1000,
-    body_budget_bytes=4_000_000,
     max_connections=100,
 )
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -206,7 +205,7 @@ async def test_an_engine_that_is_not_there_has_not_begun(scene: Scene) -> None:
 
 
 async def test_bodies_are_bounded(scene: Scene) -> None:
-    most = scene.door._max_body_bytes
+    most = scene.door._bodies.max_body_bytes
     for length, status in ((most, 200), (most + 1, 413)):
         async with scene.client.post(
             f"{scene.url}/v1/completions",
