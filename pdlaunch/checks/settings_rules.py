@@ -154,8 +154,7 @@ RULES = (
         over=Context.roles, when=lambda each: each.settings.load_format == "dummy",
         at="load_format", message="load_format is dummy: the answers are meaningless",
         fix="Remove load_format.", source="load_format."),
-    error(
-        "PD119", "Files of the model are missing, damaged, or do not fit its config.json.",
+    error("PD119", "Files of the model are missing, damaged, or do not fit its config.json.",
         "Engines read *.safetensors. With a truncated or missing file, every rank would fail after "
         "it has loaded its libraries. Pickles (*.bin, *.pt, *.pth) can run any code when they are "
         "opened, so engines never read them.",
