@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.api import admin_api, own_launches
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import own_launches
 from tests.e2e.api import complete, idle
+from tests.e2e.client import Deployment, admin_api
 from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import greedy, make_tiny_model
 

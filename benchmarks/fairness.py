@@ -26,7 +26,7 @@ import aiohttp
 
 from benchmarks.router_cost import held_ports, quantiles_ms, router_command, running
 from pdlaunch.bench.timed_completion import complete
-from pdlaunch.launch.client.deployment import running_deployment
+from tests.e2e.client import running_deployment
 
 OUTPUT_TOKENS = 8
 _seeds = itertools.count()

@@ -12,9 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from benchmarks.known_answers import SoakOptions, SoakReport, counters, make_cases, soak
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import engines_of
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.waiting import await_true
 
 

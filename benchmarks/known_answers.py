@@ -22,9 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.protocol.engine import EngineStats
 from tests.e2e.agreement import await_idle, engines_of
+from tests.e2e.client import Api, admin_api
 
 LOGPROB_TOLERANCE = 1e-3
 """Tolerance in nats, in float32: batches of other shapes add in another order."""

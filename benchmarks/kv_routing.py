@@ -37,8 +37,6 @@ from pdlaunch.api import load_config
 from pdlaunch.config.model_files.weights import text_digests
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import running_deployment
 from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks, kv_blocks
@@ -49,6 +47,7 @@ from pdlaunch.router.kv_index import KVIndex, PromptTokens
 from pdlaunch.router.policy import RoutingRequest, choose
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prompt_reader import PromptReader, load_model
+from tests.e2e.client import Api, running_deployment
 
 _PICKS = itertools.count(1)
 BLOCK_SIZE = 16

@@ -32,7 +32,7 @@ import msgspec
 
 from benchmarks.router_cost import held_ports, router_command, running
 from pdlaunch.bench.serve import BenchOptions, BenchRow, bench_serve
-from pdlaunch.launch.client.deployment import running_deployment
+from tests.e2e.client import running_deployment
 
 KEY = "benchmark"
 ARMS: dict[str, dict[str, Any]] = {

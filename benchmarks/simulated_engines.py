@@ -68,7 +68,6 @@ class SimulatedProcess:
             Register(
                 name=name,
                 incarnation=incarnation,
-                pid=os.getpid(),
                 engine_id=EngineId(f"{name}.{incarnation}" if self._is_rank else ""),
                 address=address,
                 capabilities=Capabilities() if self._is_rank else can,
@@ -101,7 +100,6 @@ class SimulatedProcess:
                         local=self._name,
                         peer=entry.name,
                         peer_incarnation=entry.incarnation,
-                        seconds=0.01,
                         path="simulated",
                         gigabytes_per_s=10.0,
                     )

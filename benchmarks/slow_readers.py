@@ -21,9 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pdlaunch.launch.client.api import admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import greedy_body, idle, requests_in_flight, streamed
+from tests.e2e.client import Deployment, admin_api
 from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import greedy, make_tiny_model
 

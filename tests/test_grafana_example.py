@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from pdlaunch.engine.server.engine_service import ServerMetrics
-from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.router.metrics import RouterMetrics
 
 GRAFANA = Path(__file__).parents[1] / "examples" / "grafana"
@@ -42,7 +41,7 @@ def test_no_rule_of_a_deployment_adds_up_engines() -> None:
 def test_every_metric_of_panels_rules_and_alerts_is_one_of_ours() -> None:
     registry = CollectorRegistry()
     ServerMetrics(registry, engine="prefill-0", role="prefill", model_name="m")
-    page = (RouterMetrics("m").text() + render_metrics(registry)).decode()
+    page = (RouterMetrics("m").text() + generate_latest(registry)).decode()
     known: set[str] = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)", page, re.MULTILINE):
         endings = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)

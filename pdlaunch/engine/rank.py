@@ -235,7 +235,6 @@ class RankProcess:
             control.Register(
                 name=self._bootstrap.name,
                 incarnation=self._bootstrap.incarnation,
-                pid=os.getpid(),
                 engine_id=engine_id,
                 address=address,
             )

@@ -8,7 +8,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -89,7 +88,6 @@ class Supervised:
             control.Register(
                 name=self.bootstrap.name,
                 incarnation=self.bootstrap.incarnation,
-                pid=os.getpid(),
                 engine_id=engine_id,
                 address=address,
                 capabilities=capabilities or self.bootstrap.capabilities,

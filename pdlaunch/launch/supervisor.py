@@ -66,9 +66,7 @@ def _entry(
             reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
         if registration is None and (engine.failed_for or withheld == "leaving"):
             # An entry without an address: routers would count an engine without an entry as lost.
-            registration = control.Register(
-                name=process.name, incarnation=process.incarnation, pid=0
-            )
+            registration = control.Register(name=process.name, incarnation=process.incarnation)
             if listed != "starting":
                 listed = "failed" if engine.failed_for else "draining"
     if registration is None or listed is None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import prometheus_client as prometheus
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,7 +21,6 @@ from pdlaunch.observe.counters import (
     TTFT_BUCKETS_S,
 )
 
-METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Label values that are exported from the start, at 0; others appear once they occur
 FINISH_REASONS = ("stop", "length", "abort", "error")
 # Likewise. 499: the client went away; 502: engines failed the request
@@ -30,11 +28,6 @@ ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
 
 # Without ``_created`` samples: Prometheus would store each as a series of its own.
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-def render_metrics(registry: prometheus.CollectorRegistry) -> bytes:
-    """Return the metrics of a registry in Prometheus's text format."""
-    return prometheus.generate_latest(registry)
 
 
 def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -110,7 +110,6 @@ class Register(Message):
 
     name: str
     incarnation: int
-    pid: int
     engine_id: EngineId = EngineId("")
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
@@ -138,7 +137,6 @@ class PairReady(Message):
     local: str
     peer: str
     peer_incarnation: int
-    seconds: float
     path: str  # the fastest usable path, such as ``nixl/UCX``
     gigabytes_per_s: float | None = None
     other_paths: dict[str, str] = {}  # speed of each other path, or why it cannot be used

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import hdrs, web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
@@ -30,7 +31,6 @@ from pdlaunch.http.app import (
 )
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, error_status, json_response, unavailable
 from pdlaunch.http.sse import ClientStream
-from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.protocol.control import MODEL_CHANGED, why_withheld
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
@@ -162,7 +162,7 @@ class RouterApp:
         for each in self._state.clients:
             metrics.show_key(each.name, each.num_running, len(each.flow.waiting))
         page = await scrape(metrics.text(), self._state.client, pool.engines)
-        return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _generate(
         self, endpoint: Endpoint, http: web.Request, *, is_response: bool = False

@@ -378,7 +378,6 @@ class WatchedMembership:
                 local=decode_name,
                 peer=name,
                 peer_incarnation=self._watched[name].incarnation,
-                seconds=proof.seconds,
                 path=paths[proof.is_reported],
                 gigabytes_per_s=proof.gigabytes_per_s,
             )

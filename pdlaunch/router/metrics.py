@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.samples import Sample
 
-from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.control import ListedState, Registry
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
@@ -140,7 +140,7 @@ class RouterMetrics:
             yield from metric.samples
 
     def text(self) -> bytes:
-        return render_metrics(self._registry)
+        return generate_latest(self._registry)
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:

@@ -268,7 +268,6 @@ class Peer:
                 local=setup.identity.name,
                 peer=self.name,
                 peer_incarnation=self.entry.incarnation,
-                seconds=setup.clock() - self._asked_at,
                 path=self._named(best.path),
                 gigabytes_per_s=best.gigabytes_per_s,
                 other_paths=others,

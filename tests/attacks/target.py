@@ -16,11 +16,10 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.attacks.verdict import Verdict
 from tests.e2e.agreement import await_idle, engines_of
 from tests.e2e.api import states
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.faults import SHORT_DEADLINES, lives
 from tests.e2e.tiny_models import make_tiny_model

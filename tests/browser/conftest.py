@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.browser.chromium import Page, find_chromium, new_page, running_chromium, there
+from tests.e2e.client import Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import fault_variables
 

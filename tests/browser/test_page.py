@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.browser.chromium import Page, Scheme, new_page, there
 from tests.browser.conftest import KEY
+from tests.e2e.client import Api, Deployment
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WRONG_KEY = "another key"

@@ -44,7 +44,6 @@ def serving(decode_host: str = "local") -> LaunchStatus:
         local="decode-0/rank-0",
         peer="prefill-0/rank-0",
         peer_incarnation=1,
-        seconds=0.1,
         path="nixl/UCX",
         gigabytes_per_s=3.4,
         other_paths={"p2p": "not here"},

@@ -7,7 +7,7 @@ from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.api import Api, admin_api
+from tests.e2e.client import Api, admin_api
 
 NUM_TOKENS = 12
 IDLE_TIMEOUT_S = 180.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.launch.client.api import Api, admin_api
 from tests.e2e.agreement import await_idle, engines_of
+from tests.e2e.client import Api, admin_api
 from tests.e2e.waiting import await_true
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from tests.e2e.client import Deployment, running_deployment
 from tests.e2e.tiny_models import make_tiny_model
 
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")

@@ -9,9 +9,8 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import await_idle
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.waiting import await_true
 

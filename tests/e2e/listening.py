@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.client import Deployment
 from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0

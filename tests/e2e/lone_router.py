@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import held_port
+from tests.e2e.client import Api
 from tests.e2e.waiting import await_true
 
 needs_vllm_router = pytest.mark.skipif(

@@ -6,8 +6,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 
-from pdlaunch.launch.client.api import Api, read_requests, reading_api
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import read_requests, reading_api
+from tests.e2e.client import Api, Deployment
 
 SHORTEST = 12
 """In characters: shorter parts of an answer could be found by chance."""

@@ -10,9 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, idle, post_text, total_now
+from tests.e2e.client import Api, Deployment
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import differences, engines_of
 from tests.e2e.api import await_ready, complete, requests_in_flight, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused, stop, tracebacks
 from tests.e2e.tiny_models import greedy

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.kills import load_with_kills
 from benchmarks.known_answers import SoakOptions, soak
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
+from tests.e2e.client import Deployment
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, tracebacks
 from tests.e2e.listening import all_processes, await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete_all, idle, total_now
+from tests.e2e.client import Deployment
 from tests.e2e.conftest import launched
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_prompts

@@ -22,11 +22,11 @@ from prometheus_client import CollectorRegistry
 from pdlaunch import __version__
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.lifecycle import make_app
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment, held_port
+from pdlaunch.launch.client.deployment import held_port
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.agreement import differences, engines_of
 from tests.e2e.api import await_ready, total_now
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.lone_router import needs_vllm_router, running_router, running_vllm_router
 from tests.e2e.test_scale import run

@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete, count_now, engine_apis, idle, states, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.faults import left_over, num_migrations, tracebacks
 from tests.e2e.tiny_models import greedy

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import running_deployment
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
 from tests.e2e.api import complete_all
+from tests.e2e.client import Api, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.test_tokens import CHUNKS, PROMPTS
 from tests.e2e.tiny_models import greedy, make_tiny_model

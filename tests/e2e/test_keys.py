@@ -18,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from pdlaunch.launch.client.api import Api, read_status, read_trace, reading_api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.api import read_status, read_trace, reading_api
 from pdlaunch.protocol.ids import HttpRequestId
+from tests.e2e.client import Api, Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 

@@ -14,11 +14,10 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.network import probe_port
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import await_ready, clients, complete, requests_in_flight, states, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import lives, paused, tracebacks
 from tests.e2e.tiny_models import greedy

@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete_all, count_now, engine_apis, idle, total_now
+from tests.e2e.client import Api, Deployment
 from tests.e2e.faults import faulty_deployment
 from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model
 from tests.e2e.waiting import await_true

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from benchmarks.kills import kill_and_wait
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import (
     await_answers,
     await_ready,
@@ -25,6 +23,7 @@ from tests.e2e.api import (
     streamed,
     total_now,
 )
+from tests.e2e.client import Api, Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import num_migrations
 from tests.e2e.tiny_models import greedy, make_prompts

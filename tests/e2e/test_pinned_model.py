@@ -4,9 +4,8 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, states, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true

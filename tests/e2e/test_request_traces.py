@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.api import Api, read_trace, reading_api
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import read_trace, reading_api
 from pdlaunch.protocol.status import RequestTrace
 from tests.e2e.api import post_text
+from tests.e2e.client import Api, Deployment
 from tests.e2e.secrecy import places_of, places_of_ids, told_by
 from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import admin_api, own_launches
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import own_launches
 from tests.command_line import invoke
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import await_answers, clients, states, streamed
+from tests.e2e.client import Deployment, admin_api
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import fault_variables
 from tests.e2e.tiny_models import greedy, make_prompts

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.client.api import Api, admin_api, command_launch, own_launches
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.api import command_launch, own_launches
 from tests.command_line import invoke
 from tests.e2e.api import complete, states
+from tests.e2e.client import Api, Deployment, admin_api, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import lives, tracebacks
 from tests.e2e.tiny_models import make_tiny_model

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdlaunch.launch.client.api import Api, admin_api, command_engines
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import command_engines
 from tests.e2e.api import complete, greedy_body, total_now
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.conftest import launched
 from tests.e2e.waiting import await_true
 

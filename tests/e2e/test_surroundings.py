@@ -14,10 +14,9 @@ import pytest
 from benchmarks.kills import kill_and_wait
 from pdlaunch.bench.serve import BenchOptions, bench_serve
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.command_line import invoke
 from tests.e2e.api import complete_all, greedy_body, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused
 from tests.e2e.test_scale import run

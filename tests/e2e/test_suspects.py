@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete, complete_all, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import fault_variables, left_over
 from tests.e2e.test_offload import HEALTHY

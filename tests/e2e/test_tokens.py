@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from pdlaunch.engine.models.convert import ensure_converted
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, complete_all, count_now, engine_apis, greedy_body, total_now
+from tests.e2e.client import Api, Deployment
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model, make_tokenizer
 from tests.e2e.waiting import await_true

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from pdlaunch.launch.client.api import own_launches
-from pdlaunch.launch.client.deployment import Deployment
 from tests.cli.terminal import Terminal
 from tests.e2e.api import streamed
+from tests.e2e.client import Deployment
 from tests.e2e.test_request_traces import post
 from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true

@@ -236,9 +236,7 @@ class World:
 
     def register(self, name: str) -> None:
         http = Address(http="http://127.0.0.1:4321")
-        self.say(
-            name, Register(name=name, incarnation=self.host.running[name], pid=1, address=http)
-        )
+        self.say(name, Register(name=name, incarnation=self.host.running[name], address=http))
 
     def become_ready(self, *names: str) -> None:
         for name in names:
@@ -347,7 +345,6 @@ def pair_ready(
         local=local,
         peer=peer,
         peer_incarnation=peer_incarnation,
-        seconds=0.1,
         path="fake",
         gigabytes_per_s=speed,
         num_peers=num_peers,

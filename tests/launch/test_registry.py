@@ -73,7 +73,7 @@ def many_engines() -> World:
     *engines, router = make_plan(num_prefill=MANY, num_decode=MANY).processes
     world = World(Plan(processes=(*with_peers(engines), router))).start()
     for name in world.host.running:
-        world.supervisor.handle(MessageReceived(name, Register(name=name, incarnation=1, pid=1)))
+        world.supervisor.handle(MessageReceived(name, Register(name=name, incarnation=1)))
         world.supervisor.handle(MessageReceived(name, Ready()))
     world.pass_time(0.0)
     return world

@@ -101,8 +101,8 @@ def test_a_stranger_an_old_incarnation_and_an_unregistered_process_are_not_belie
     world = World(make_plan()).start()
     world.say("prefill-9", Ready())
     world.say("prefill-0", Ready())
-    world.say("prefill-0", Register(name="prefill-0", incarnation=7, pid=1))
-    world.say("prefill-0", Register(name="decode-0", incarnation=1, pid=1))
+    world.say("prefill-0", Register(name="prefill-0", incarnation=7))
+    world.say("prefill-0", Register(name="decode-0", incarnation=1))
     assert world.state("prefill-0") == "starting"
     assert not world.host.sent
     world = serving()

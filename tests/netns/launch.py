@@ -31,7 +31,8 @@ print(json.dumps(differences(sys.argv[1])))
 _ALONE = """
 import json, sys
 from pdlaunch.launch.client.api import admin_api
-engine = admin_api(sys.argv[1]).engine(sys.argv[2])
+engine = admin_api(sys.argv[1])
+engine.url += f"/pdlaunch/engines/{sys.argv[2]}"
 print(json.dumps([engine.post("/v1/completions", body)[1] for body in json.load(sys.stdin)]))
 """
 PROMPT = list(range(40, 140))

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
+from pdlaunch.launch.client.deployment import held_port
 from tests.e2e.agreement import differences
+from tests.e2e.client import Api, Deployment, running_deployment
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 from tests.e2e.waiting import await_true
 

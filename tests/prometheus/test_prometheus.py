@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.client import Api, Deployment
 from tests.e2e.waiting import await_true
 from tests.prometheus.conftest import GRAFANA, Prometheus
 

@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import clients, states
+from tests.e2e.client import Api, Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import lives
 from tests.e2e.tiny_models import make_tiny_model

@@ -222,7 +222,7 @@ def samples(metrics: RouterMetrics) -> dict[str, float]:
 
 def proof(prefill: str, decode: str, **fields: Any) -> PairReady:
     """Say that KV blocks come from one engine, or rank, to another."""
-    seen: dict[str, Any] = {"peer_incarnation": 1, "seconds": 0.1, "path": "p2p/memfd"}
+    seen: dict[str, Any] = {"peer_incarnation": 1, "path": "p2p/memfd"}
     return PairReady(local=decode, peer=prefill, **seen | fields)
 
 

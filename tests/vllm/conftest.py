@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from tests.e2e.client import Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"

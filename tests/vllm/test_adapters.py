@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from pdlaunch.config.model_files.find import resolve_model
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import BYTES_READ, FAILED, total
 from tests.vllm.test_pair import NUM_TOKENS, prompt_of

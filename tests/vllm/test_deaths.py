@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import streamed
+from tests.e2e.client import Deployment
 from tests.e2e.faults import lives
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdlaunch.launch.client.api import Api, admin_api, command_engines
-from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.api import command_engines
 from tests.e2e.api import await_ready, complete
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.waiting import await_true
 from tests.mooncake import mooncake_problem
 from tests.vllm.conftest import running_engines

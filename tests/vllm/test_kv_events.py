@@ -10,11 +10,11 @@ from openai import OpenAI
 from pdlaunch.http.engine_calls import Counts
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.http.kv_feed import KVFeed
-from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.sidecar.engine import with_events_at
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents
 from pdlaunch.protocol.kv_events import HeldBlocks
 from pdlaunch.router.kv_index import PromptTokens
+from tests.e2e.client import admin_api
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
+from tests.e2e.client import Api, Deployment
 from tests.e2e.faults import fault_variables, paused
 from tests.e2e.tiny_models import VOCAB_SIZE
 from tests.e2e.waiting import await_true

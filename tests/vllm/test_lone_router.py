@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
 from tests.e2e.waiting import await_true

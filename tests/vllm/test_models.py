@@ -16,11 +16,10 @@ import pytest
 from transformers import AutoConfig
 
 from pdlaunch.http.engine_calls import Counts
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.config.model_files.fake_hub import fake_hub
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, streamed
+from tests.e2e.client import Api, Deployment
 from tests.e2e.tiny_models import VOCAB_SIZE, write_model
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import flip_bit

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.mooncake import mooncake_problem
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import FAILED, total

@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.doctor import MEASURABLE_BYTES
 from pdlaunch.http.engine_calls import Counts
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import differences
 from tests.e2e.api import complete, requests_in_flight, streamed
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.waiting import await_true
 from tests.vllm.kv_memory import BYTES_READ, EXPIRED, engine_of, total
 

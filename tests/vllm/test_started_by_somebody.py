@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.api import Api, admin_api
 from pdlaunch.launch.client.deployment import held_port
 from pdlaunch.launch.sidecar.engine import die_with_thread
 from tests.e2e.api import complete
+from tests.e2e.client import Api, admin_api
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
 from tests.e2e.waiting import await_true

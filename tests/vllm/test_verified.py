@@ -13,9 +13,8 @@ import psutil
 import pytest
 
 from pdlaunch.http.canary import REMOTE_DECODE
-from pdlaunch.launch.client.api import Api, admin_api
-from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
+from tests.e2e.client import Api, Deployment, admin_api
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import (

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.api import admin_api
 from pdlaunch.launch.client.deployment import held_port
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, greedy_body
+from tests.e2e.client import admin_api
 from tests.e2e.lone_router import needs_vllm_router, running_vllm_router
 from tests.e2e.test_doors import answered
 from tests.vllm.conftest import running_engines

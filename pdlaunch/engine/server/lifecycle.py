@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.http_names import is_loopback, url_of
@@ -35,7 +35,6 @@ from pdlaunch.http.kv_feed import KV_EVENTS_PATH
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.machine.network import LISTEN_BACKLOG
-from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import Address, Drained, Progress, Ready, Registry
 from pdlaunch.protocol.engine import CheckIntegrity
@@ -126,8 +125,8 @@ async def _health(service: EngineService, _: web.Request) -> web.Response:
 async def _metrics(service: EngineService, _: web.Request) -> web.Response:
     await service.read_stats()
     return web.Response(
-        body=render_metrics(service.metrics.registry),
-        headers={"Content-Type": METRICS_CONTENT_TYPE},
+        body=generate_latest(service.metrics.registry),
+        headers={"Content-Type": CONTENT_TYPE_LATEST},
     )
 
 

@@ -14,11 +14,10 @@ import json
 import re
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
@@ -49,9 +48,6 @@ class Api:
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
 
-    def engine(self, name: str) -> Self:
-        return replace(self, url=f"{self.url}/pdlaunch/engines/{quote(name, safe='')}")
-
     def get(self, path: str) -> tuple[int, str]:
         status, content = self._call(path)
         return status, content.decode(errors="replace")
@@ -62,17 +58,6 @@ class Api:
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return self._object(path, *self._call(path, json.dumps(body).encode()))
-
-    def metrics(self) -> dict[str, float]:
-        """Return the samples of ``/metrics``, summed over their labels."""
-        # Import late: most commands read no metrics and need not wait for this import.
-        from prometheus_client.parser import text_string_to_metric_families
-
-        totals: defaultdict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(self.get("/metrics")[1]):
-            for sample in family.samples:
-                totals[sample.name] += sample.value
-        return totals
 
     def _object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
         try:

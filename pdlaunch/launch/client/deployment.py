@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.launch.client.api import Api
@@ -39,16 +37,6 @@ class Deployment:
 
     def output(self) -> str:
         return self.output_file.read_text(errors="replace")
-
-    def processes(self) -> dict[str, psutil.Process]:
-        """Return the running processes by their name in the launch, such as ``decode-0/rank-0``."""
-        found = {}
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # includes ZombieProcess
-                command = process.cmdline()
-                if "--name" in command:
-                    found[command[command.index("--name") + 1]] = process
-        return found
 
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         """Send SIGTERM and wait; return the exit code.

@@ -156,14 +156,10 @@ class SidecarProcess:
 
     def _environment(self) -> dict[str, str]:
         own = engine.engine_environment(self._run_dir, self._key, self._side_channel)
-        bootstrap = self._supervised.bootstrap
-        if self._link is None or bootstrap.connector is None:
+        if self._link is None:
             return own
-        digest = model_digest(self._model_files)
-        setup = engine.write_setup(bootstrap, bootstrap.connector, self._link.endpoint, digest)
-        return own | engine.connector_environment(
-            self._run_dir, setup, os.environ.get("PYTHONPATH", "")
-        )
+        bootstrap, link = self._supervised.bootstrap, self._link.endpoint
+        return own | engine.connector_environment(bootstrap, link, self._model_files)
 
     def _register(self, *, listens: bool = True) -> None:
         link, engine_id = self._link, EngineId("")

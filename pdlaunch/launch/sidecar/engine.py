@@ -24,7 +24,7 @@ from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.machine.network import with_device_names
 from pdlaunch.observe.causes import Cause, find_cause, last_lines
 from pdlaunch.protocol.control import Address, Ready, Registry
-from pdlaunch.protocol.engine_link import KV_SETUP, ConnectorSpec, KVSetup, engine_of_rank
+from pdlaunch.protocol.engine_link import KV_SETUP, KVSetup, engine_of_rank
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -254,35 +254,33 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
 # pdlaunch's KV connector, which runs in the engine
 
 
-def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[str, str]:
-    """Return the variables with paths of the connector's package and of its setup file."""
-    # Use a folder with only pdlaunch: its site-packages may have versions that vLLM cannot use.
-    packages = run_dir / "python"
-    packages.mkdir(mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # several engines do this at the same time
-        (packages / "pdlaunch").symlink_to(Path(pdlaunch.__file__).parent)
-    return {
-        KV_SETUP: str(setup),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(packages), python_path))),
-    }
-
-
-def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_digest: str) -> Path:
-    """Write the setup file that the connector reads at its start, with mode 0600; return it."""
+def connector_environment(
+    bootstrap: Bootstrap, link: str, files: Mapping[str, str]
+) -> dict[str, str]:
+    """Write the setup file that the connector reads at its start, with mode 0600; return the
+    variables with paths of this file and of the connector's package.
+    """
+    assert bootstrap.connector is not None
     setup = KVSetup(
-        **msgspec.structs.asdict(spec),
+        **msgspec.structs.asdict(bootstrap.connector),
         name=engine_of_rank(bootstrap.name),
         incarnation=bootstrap.incarnation,
         keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
         link=link,
-        model_digest=model_digest,
+        model_digest=weights.model_digest(files),
     )
     path = _setup_path(bootstrap)
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(setup))
-    return path
+    # Use a folder with only pdlaunch: its site-packages may have versions that vLLM cannot use.
+    packages = Path(bootstrap.run_dir) / "python"
+    packages.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # several engines do this at the same time
+        (packages / "pdlaunch").symlink_to(Path(pdlaunch.__file__).parent)
+    paths = (str(packages), os.environ.get("PYTHONPATH"))
+    return {KV_SETUP: str(path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def remove_setup(bootstrap: Bootstrap) -> None:
@@ -351,14 +349,10 @@ class HeadlessNode:
         """Run vLLM; return the reason for its end. Raises StartupError, OSError."""
         options, bootstrap = self._options, self._supervised.bootstrap
         files = await read_pinned(options, bootstrap)
-        first, run_dir = await self._first, Path(bootstrap.run_dir)
-        environment = engine_environment(run_dir, None)
+        first = await self._first
+        environment = engine_environment(Path(bootstrap.run_dir), None)
         if bootstrap.connector is not None:
-            setup = write_setup(
-                bootstrap, bootstrap.connector, first.link, weights.model_digest(files)
-            )
-            python_path = os.environ.get("PYTHONPATH", "")
-            environment |= connector_environment(run_dir, setup, python_path)
+            environment |= connector_environment(bootstrap, first.link, files)
         port = ("--master-port", str(first.master_port))
         child = await start_engine((*options.command, *port), environment)
         end, serves = asyncio.create_task(child.wait()), asyncio.create_task(self._serves.wait())

@@ -275,7 +275,6 @@ class EnginePairs:
             local=self._name,
             peer=name,
             peer_incarnation=incarnation,
-            seconds=result.seconds,
             path=path_over("nixl/vLLM", self._transports.latest()),
             gigabytes_per_s=result.gigabytes_per_s,
         )

@@ -98,5 +98,5 @@ def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             asked.append(pool.submit(answer))
 
         monkeypatch.setattr(api_module.time, "sleep", come)
-        assert api.engine("decode-0").get_object("/x?a=b") == (200, {"a": 7})
+        assert api.get_object("/pdlaunch/engines/decode-0/x?a=b") == (200, {"a": 7})
         assert asked[0].result().startswith(b"GET /pdlaunch/engines/decode-0/x?a=b ")

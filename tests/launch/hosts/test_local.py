@@ -100,7 +100,7 @@ def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         for listens in (False, True):
             register = Register(
-                name="decode-0", incarnation=1, pid=1, address=Address(http=url), listens=listens
+                name="decode-0", incarnation=1, address=Address(http=url), listens=listens
             )
             server.send(to_supervisor.encode(register))
             assert control.poll(180_000)

@@ -79,7 +79,6 @@ class FakeWorker:
                 local=self.name,
                 peer=peer,
                 peer_incarnation=incarnation,
-                seconds=0.1,
                 path="p2p",
                 gigabytes_per_s=gigabytes_per_s,
                 num_peers=num_peers,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import zmq
@@ -25,6 +26,7 @@ from pdlaunch.launch.sidecar.engine import (
 from pdlaunch.machine.network import device_of
 from pdlaunch.observe.causes import Cause
 from pdlaunch.protocol.engine_link import KV_SETUP
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 
 
 def test_events_are_published_at_a_socket_of_the_launch() -> None:
@@ -138,10 +140,19 @@ def test_ucx_gets_the_name_of_the_device_that_has_the_address(
             engine_environment(tmp_path, None, port)
 
 
+def variables(folder: Path) -> dict[str, str]:
+    spec = {"bind_address": "", "advertise_address": "", "kv_transfer": "{}", "by_head": False}
+    told = {"name": "decode-0", "incarnation": 1, "control": "", "log_level": "info"}
+    told |= {"connector": {"role": "decode", "engine_id": "e", **spec}, "run_dir": str(folder)}
+    bootstrap = msgspec.convert(told | {"keys": {"public": "", "secret": ""}}, Bootstrap)
+    return connector_environment(bootstrap, "ipc:///link", {})
+
+
 def test_the_connector_finds_its_setup_and_of_what_is_installed_here_pdlaunch_alone(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = connector_environment(tmp_path, tmp_path / "decode-0.kv.json", "/first:/second")
+    monkeypatch.setenv("PYTHONPATH", "/first:/second")
+    found = variables(tmp_path)
     assert found[KV_SETUP] == str(tmp_path / "decode-0.kv.json")
     packages, *paths = found["PYTHONPATH"].split(":")
     assert paths == ["/first", "/second"]
@@ -160,10 +171,9 @@ def test_the_connectors_link_is_imported_without_packages_that_vllm_need_not_hav
         "missing = {'aiohttp', 'rich', 'typer', 'yaml', 'prometheus_client', 'tokenizers'}\n"
         "print(sorted(missing & set(sys.modules)))\n"
     )
-    environment = connector_environment(tmp_path, tmp_path, "")
     found = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PYTHONPATH": environment["PYTHONPATH"]},
+        env={"PYTHONPATH": variables(tmp_path)["PYTHONPATH"]},
         capture_output=True,
         text=True,
         check=True,

@@ -218,7 +218,7 @@ async def test_handshakes_with_an_earlier_incarnation_prove_nothing(scene: Scene
 
 def test_each_rank_needs_a_pair_with_each_rank_that_it_pulls_from() -> None:
     pair = PairReady(
-        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, seconds=0, path="p2p"
+        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, path="p2p"
     )
     assert slowest([pair], ["decode-0/rank-0"], 1) is pair
     assert slowest([pair], ["decode-0/rank-0"], 2) is None, "one of two data parallel ranks"
