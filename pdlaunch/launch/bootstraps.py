@@ -56,6 +56,11 @@ class Bootstraps:
         # Servers of native engines (those with a spec) listen on the network themselves.
         is_vllm, is_server = spec.role is not None and engine is None, spec.kind == "server"
         says = is_vllm or is_server
+        router = None
+        if spec.kind == "router":
+            router = router_spec(config, launch.served_model_name, self.listeners)
+            paths = (engines.model.path for engines in launch.roles.values())
+            router = msgspec.structs.replace(router, model_dir=next(filter(None, paths), ""))
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
@@ -67,7 +72,7 @@ class Bootstraps:
             engine_json=None if engine is None else engine.model_dump_json(),
             engine_api_key=None if spec.kind == "rank" else _plain(config.engine_api_key),
             capabilities=self.kind.capabilities(spec, engine) if says else Capabilities(),
-            router=self._router(launch) if spec.kind == "router" else None,
+            router=router,
             door=self._door(spec, launch) if is_vllm and is_server else None,
             connector=self._connector(spec, incarnation, launch) if is_vllm else None,
             tp_rank=spec.tp_rank,
@@ -77,11 +82,6 @@ class Bootstraps:
             launch_id=self.launch_id,
             heartbeat_s=config.hang_timeout_s / HEARTBEATS,
         )
-
-    def _router(self, launch: ResolvedLaunch) -> RouterSpec:
-        router = router_spec(launch.config, launch.served_model_name, self.listeners)
-        paths = (engines.model.path for engines in launch.roles.values())
-        return msgspec.structs.replace(router, model_dir=next(filter(None, paths), ""))
 
     def _connector(
         self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch

@@ -60,7 +60,7 @@ def _entry(
         listed = process.sleep_state
     if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
         withheld = wanted.engines[engine.name].withheld
-        reason = engine.failed_for or control.why_withheld(withheld, spec.engine)
+        reason = engine.failed_for or control.WHY_WITHHELD[withheld].format(spec.engine)
         if engine.is_given_up:
             listed, registration = "failed", None
             reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"

@@ -38,13 +38,6 @@ def first_line(path: Path) -> str:
         return ""
 
 
-def usable_cpus() -> tuple[int, ...]:
-    """Return the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
-
-
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return True for a CPU with bfloat16 instructions (x86: AVX-512 BF16, AMX; ARM: BF16)."""
     try:

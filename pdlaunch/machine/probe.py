@@ -5,6 +5,7 @@ from the CUDA driver, without torch. Source: cuda.h and nvml.h of CUDA 12 and 13
 import contextlib
 import ctypes
 import importlib
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,10 +156,11 @@ def probe_machine() -> Machine:
     no_gpus: tuple[tuple[Gpu, ...], str] = ((), "the driver cannot be read")
     found, driver_error = ask("gpus", _find_gpus, no_gpus)
     gpus = with_free_memory(found)
+    has_affinity = hasattr(os, "sched_getaffinity")  # cores that this process may run on
     shm_bytes, shm_free_bytes = ask("shm", host.shared_memory, (0, 0))
     return Machine(
         system=platform.system(),
-        num_cpus=len(host.usable_cpus()),
+        num_cpus=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1,
         has_native_bf16=host.has_native_bf16(),
         memory_bytes=ask("memory", host.memory_bytes, 0),
         gpus=gpus,

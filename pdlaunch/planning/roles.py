@@ -16,14 +16,8 @@ from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import DeviceKind, ResolvedHost, is_same_machine
 from pdlaunch.planning.role_engines import RoleEngines, device_kind, visible_on
 
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Describes the devices that a host has for engines of each role."""
-
-    host: str
-    # Kind and number of devices that ranks of a role see; without GPUs, each core counts as one
-    devices: Mapping[Role, tuple[DeviceKind, int]]
+# Kind and number of devices that ranks of a role see; without GPUs, each core counts as one
+Devices = Mapping[Role, tuple[DeviceKind, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +35,30 @@ Places = Mapping[Key, tuple[EnginePlace, ...]]  # one place for each host, in th
 def place_engines(
     replicas: Mapping[Role, int],
     tp_sizes: Mapping[Role, int],
-    rooms: Sequence[Room],
+    rooms: Mapping[str, Devices],
     strategy: PlacementStrategy = "pack",
     nnodes: Mapping[Role, int] = MappingProxyType({}),
 ) -> Places:
     """Place all engines. Never raises: rules report engines that do not fit.
 
-    ``tp_sizes``: ranks of an engine on each of its hosts. ``nnodes``: hosts of an engine, if more
-    than one; limited to the hosts there are. If no host has free devices for an engine, it goes to
-    the host with the fewest ranks per device. A host without any devices for the role comes last.
+    ``rooms``: devices by host. ``tp_sizes``: ranks of an engine on each of its hosts. ``nnodes``:
+    hosts of an engine, if more than one; limited to the hosts there are. If no host has free
+    devices for an engine, it goes to the host with the fewest ranks per device. A host without any
+    devices for the role comes last.
     """
     places: dict[Key, tuple[EnginePlace, ...]] = {}
     used: Counter[tuple[str, DeviceKind]] = Counter()
 
-    def cost(room: Room, role: Role, partner: str | None) -> tuple[object, ...]:
+    def cost(host: str, role: Role, partner: str | None) -> tuple[object, ...]:
         size = tp_sizes[role]
-        kind, num_devices = room.devices.get(role, ("cpu", 0))
-        taken = used[room.host, kind]
+        kind, num_devices = rooms[host].get(role, ("cpu", 0))
+        taken = used[host, kind]
         fits = taken + size <= num_devices
         crowd = 0.0 if fits and strategy == "pack" else (taken + size) / max(1, num_devices)
         # Tuples compare from the left, so hosts with enough free devices come first.
         if strategy == "spread":
             return (not fits, size > num_devices, taken, crowd)
-        return (not fits, size > num_devices, crowd, partner not in (None, room.host))
+        return (not fits, size > num_devices, crowd, partner not in (None, host))
 
     for index in range(max(replicas.values(), default=0)):
         for role in (role for role in ROLES if index < replicas.get(role, 0)):
@@ -71,14 +66,14 @@ def place_engines(
             peers = [other for other in PAIR if role in PAIR and other != role]
             near = [nodes[0].host for (other, _), nodes in places.items() if other in peers]
             partner = near[index % len(near)] if near else None
-            offers = [room for room in rooms if role in room.devices] or rooms
+            offers = [host for host, devices in rooms.items() if role in devices] or [*rooms]
             # Sorting is stable: hosts of equal cost keep the order of the settings.
-            offers = sorted(offers, key=lambda room: cost(room, role, partner))
+            offers.sort(key=lambda host: cost(host, role, partner))
             chosen = offers[: nnodes.get(role, 1)]
-            places[role, index] = tuple(EnginePlace(room.host) for room in chosen)
-            for room in chosen:
-                kind, _ = room.devices.get(role, ("cpu", 0))
-                used[room.host, kind] += tp_sizes[role]
+            places[role, index] = tuple(map(EnginePlace, chosen))
+            for host in chosen:
+                kind, _ = rooms[host].get(role, ("cpu", 0))
+                used[host, kind] += tp_sizes[role]
     return places
 
 
@@ -132,7 +127,7 @@ def place_roles(
     if not places:
         takers = [host for host in hosts if host.roles] or [hosts[0]]
         # If no host takes a role, place the engines anyway, so that rules can report the mistake.
-        rooms = [_room(config, host, [*replicas]) for host in takers]
+        rooms = {host.name: _devices(config, host, [*replicas]) for host in takers}
         places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy, nnodes)
     counts = Counter((node.host, role) for (role, _), nodes in places.items() for node in nodes)
     # Then all ranks of pairs get network transports: UCX connects no rank with them to one without.
@@ -190,11 +185,11 @@ def _placed(
         yield replace(nodes[0], others=tuple(nodes[1:]))
 
 
-def _room(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Room:
+def _devices(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Devices:
     devices: dict[Role, tuple[DeviceKind, int]] = {}
     for role in (role for role in roles if role in host.roles):
         settings = config.engine_settings(role)
         visible = visible_on(host, settings)
         kind = device_kind(settings, host.machine, visible)
         devices[role] = (kind, len(visible.gpus) if kind == "cuda" else host.machine.num_cpus)
-    return Room(host.name, devices)
+    return devices

@@ -23,18 +23,14 @@ EndReason = Literal["died", "hung"]
 # Reason why a ready engine, or the whole launch, gets no new work; empty: it gets work
 Withheld = Literal["", "starting", "joining", "draining", "leaving"]
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
-
-
-def why_withheld(withheld: Withheld, engine: str = "") -> str:
-    """Return the reason in words, or an empty string."""
-    words: dict[Withheld, str] = {
-        "": "",
-        "starting": "the deployment is starting",
-        "joining": "it joins once its pairs are proven",
-        "draining": f"no new work until `pdlaunch undrain {engine}`",
-        "leaving": "it is removed after its running requests",
-    }
-    return words[withheld]
+# The reason in words; ``{}``: the engine's name
+WHY_WITHHELD: dict[Withheld, str] = {
+    "": "",
+    "starting": "the deployment is starting",
+    "joining": "it joins once its pairs are proven",
+    "draining": "no new work until `pdlaunch undrain {}`",
+    "leaving": "it is removed after its running requests",
+}
 
 
 class Address(Message, tag=False):

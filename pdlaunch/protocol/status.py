@@ -228,14 +228,10 @@ class RequestSummary(msgspec.Struct, kw_only=True):
             for name in RequestSummary.__struct_fields__
             if name not in apart
         }
-        words = [f"{name}={_word(value)}" for name, value in values.items() if value is not None]
+        known = {name: str(value) for name, value in values.items() if value is not None}
+        words = [f'{name}="{it}"' if " " in it else f"{name}={it}" for name, it in known.items()]
         first = [self.path] if self.status is None else [str(self.status), self.path]
         return escape_controls(" ".join([*first, *words]))
-
-
-def _word(value: object) -> str:
-    text = str(value)
-    return f'"{text}"' if " " in text else text
 
 
 class SpanView(msgspec.Struct, kw_only=True):

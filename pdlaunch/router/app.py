@@ -31,7 +31,7 @@ from pdlaunch.http.app import (
 )
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, error_status, json_response, unavailable
 from pdlaunch.http.sse import ClientStream
-from pdlaunch.protocol.control import MODEL_CHANGED, why_withheld
+from pdlaunch.protocol.control import MODEL_CHANGED, WHY_WITHHELD
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
@@ -168,7 +168,7 @@ class RouterApp:
         self, endpoint: Endpoint, http: web.Request, *, is_response: bool = False
     ) -> web.StreamResponse:
         if withheld := self._state.pool.registry.withheld:
-            reason = why_withheld(withheld)
+            reason = WHY_WITHHELD[withheld]
             raise unavailable(reason, withheld)
         # Keep the body until the answer is complete: after a failure another engine gets it.
         async with self._bodies.read(http) as body:

@@ -11,13 +11,13 @@ from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import ResolvedHost
 from pdlaunch.planning.resolve import resolve_on
-from pdlaunch.planning.roles import Room, place_engines
+from pdlaunch.planning.roles import place_engines
 
 FOUR = Machine(num_cpus=2, gpus=tuple(Gpu(index) for index in range(4)))
 
 
 def room(name, num=4, roles=("prefill", "decode")):
-    return Room(name, dict.fromkeys(roles, ("cuda", num)))
+    return {name: dict.fromkeys(roles, ("cuda", num))}
 
 
 def placed(rooms, strategy="pack", **tp):
@@ -28,22 +28,22 @@ def placed(rooms, strategy="pack", **tp):
 
 
 def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
-    places = placed([room("a"), room("b")], prefill=(2, 2), decode=(2, 2))
+    places = placed(room("a") | room("b"), prefill=(2, 2), decode=(2, 2))
     assert places == {"prefill-0": "a", "decode-0": "a", "prefill-1": "b", "decode-1": "b"}
 
 
 def test_spread_takes_the_emptiest_host():
-    places = placed([room("a"), room("b"), room("c")], "spread", prefill=(1, 1), decode=(1,))
+    places = placed(room("a") | room("b") | room("c"), "spread", prefill=(1, 1), decode=(1,))
     assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
 
 
 def test_a_host_takes_engines_of_its_roles_alone():
-    rooms = [room("a", roles=("decode",)), room("b", roles=("prefill",))]
+    rooms = room("a", roles=("decode",)) | room("b", roles=("prefill",))
     assert placed(rooms, prefill=(1,), decode=(1,)) == {"prefill-0": "b", "decode-0": "a"}
 
 
 def test_without_room_the_least_crowded_host_gets_the_engine():
-    places = placed([room("a", 1), room("b", 2)], prefill=(1,) * 6)
+    places = placed(room("a", 1) | room("b", 2), prefill=(1,) * 6)
     assert Counter(places.values()) == {"a": 2, "b": 4}
 
 
@@ -54,8 +54,8 @@ def test_without_room_the_least_crowded_host_gets_the_engine():
     strategy=st.sampled_from(["pack", "spread"]),
 )
 def test_devices_are_not_shared_while_any_host_has_room(devices, replicas, tp, strategy):
-    rooms = [room(f"h{place}", num) for place, num in enumerate(devices)]
-    free = {room.host: num for room, num in zip(rooms, devices, strict=True)}
+    free = {f"h{place}": num for place, num in enumerate(devices)}
+    rooms = {name: room(name, num)[name] for name, num in free.items()}
     roles = ("prefill", "decode")
     sizes = dict(zip(roles, tp, strict=True))
     places = place_engines(dict(zip(roles, replicas, strict=True)), sizes, rooms, strategy)

@@ -54,14 +54,17 @@ class EnginePorts:
 
         Only for plain HTTP on loopback: with TLS, servers authenticate themselves to routers.
         """
-        place = _loopback_place(url)
-        if place is None or url in (sockets := self._sockets[engine]):
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if parts.scheme != "http" or not port or not is_loopback(host):
             return
-        kept = _socket(place[0])
+        if url in (sockets := self._sockets[engine]):
+            return
+        kept = _socket(host)
         # Without SO_REUSEADDR, with which other users could share the port.
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            kept.bind(place)
+            kept.bind((host, port))
         except OSError:
             kept.close()
             return
@@ -76,12 +79,6 @@ class EnginePorts:
     def close(self) -> None:
         for engine in list(self._sockets):
             self.release(engine)
-
-
-def _loopback_place(url: str) -> tuple[str, int] | None:
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port
-    return (host, port) if parts.scheme == "http" and port and is_loopback(host) else None
 
 
 def _socket(host: str) -> socket.socket:

@@ -11,7 +11,7 @@ import yaml
 
 from pdlaunch.config.sources import load_config
 from pdlaunch.launch.state import Timing
-from pdlaunch.planning.roles import Room, place_engines
+from pdlaunch.planning.roles import place_engines
 from tests.launch.render.manifests import (
     EXAMPLES,
     ROOT,
@@ -156,7 +156,7 @@ def test_each_engine_over_hosts_is_a_group_of_a_leader_worker_set(tmp_path: Path
     hosts = [(host.name, host.roles) for host in config.hosts]
     pods = [f"pdlaunch-prefill-{pod}" for pod in ("0", "0-1", "0-2", "1", "1-1", "1-2")]
     assert hosts == [*((pod, ("prefill",)) for pod in pods), ("pdlaunch-decode-0", ("decode",))]
-    rooms = [Room(pod, {"prefill": ("cuda", 1)}) for pod in pods]
+    rooms = {pod: {"prefill": ("cuda", 1)} for pod in pods}
     placed = place_engines({"prefill": 2}, {"prefill": 1}, rooms, "spread", {"prefill": 3})
     assert [[node.host for node in nodes] for nodes in placed.values()] == [
         pods[:3],
