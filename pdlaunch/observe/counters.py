@@ -4,7 +4,7 @@ If vLLM has a histogram of the same meaning, its bucket bounds are included here
 engines of both kinds can be computed. More bounds at the short end resolve prompt hand-overs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -22,14 +22,6 @@ class HistogramFamily(NamedTuple):
     bounds: tuple[float, ...]
     text: str
     labels: tuple[str, ...] = ()  # in addition to the engine's labels
-
-
-def scaled(mantissas: tuple[float, ...], first: float, last: float) -> Iterator[float]:
-    """Yield ``first`` times powers of ten times each mantissa, up to ``last``."""
-    scale = first
-    while scale <= last:
-        yield from (value for mantissa in mantissas if (value := mantissa * scale) <= last)
-        scale *= 10
 
 
 # fmt: off
@@ -50,11 +42,14 @@ PULL_BUCKETS_S = (
     1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )
 # fmt: on
-TOKEN_BUCKETS = tuple(scaled((1, 2, 5), 1, 200_000))
+TOKEN_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))[:-1]
 STEP_TOKEN_BUCKETS = (1, *(2**power for power in range(3, 15)))
 PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 GiB
 # 10 MB/s to 1 TB/s
-PULL_BUCKETS_BYTES_PER_S = tuple(scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
+PULL_BUCKETS_BYTES_PER_S = (
+    *(digit * 10**power for power in range(7, 12) for digit in (1, 2, 5)),
+    10**12,
+)
 
 _PULL = ("prefill", "path")
 _MANY = {

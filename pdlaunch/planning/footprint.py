@@ -1,6 +1,6 @@
 """Computes the memory of a rank from the shape of its model."""
 
-import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,15 +46,9 @@ class Footprint:
     def longest_request_tokens(self, kv_bytes: int) -> int:
         """Return the tokens of the longest request whose KV fits into ``kv_bytes``; 0 if none."""
         size = self.layout.block_size if self.layout else _VLLM_BLOCK_SIZE
-        # Binary search: a longer request never needs less memory than a shorter one.
-        low, high = 0, math.ceil(self.max_model_len / size)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.kv_bytes_for(middle * size) <= kv_bytes:
-                low = middle
-            else:
-                high = middle - 1
-        return low * size
+        # A longer request never needs less memory than a shorter one.
+        lengths = range(size, self.max_model_len + size, size)
+        return size * bisect_right(lengths, kv_bytes, key=self.kv_bytes_for)
 
     def arithmetic(self) -> str:
         """Return the sum for a message: ``weights 1.2 GiB + KV cache 1 GiB = 2.2 GiB``."""

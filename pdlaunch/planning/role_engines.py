@@ -373,12 +373,10 @@ class RoleEngines:
         place = next((place for place, each in enumerate(self.gpus) if each.index == gpu), None)
         if self.device == "cpu" or place is None:
             return 0
-        # A formula instead of a list: settings may ask for a million ranks, and checks stay fast.
-        # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..: of ranks 0 to 7 these are (8 - 1 + 2) // 3 = 3.
-        num_gpus = len(self.gpus)
-        ends = (self.first_gpu_rank, self.first_gpu_rank + self.num_ranks)
-        before, all_devices = (max(0, (end - place + num_gpus - 1) // num_gpus) for end in ends)
-        return all_devices - before
+        # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..
+        first, num_gpus = self.first_gpu_rank, len(self.gpus)
+        begin = first + (place - first) % num_gpus
+        return len(range(begin, first + self.num_ranks, num_gpus))
 
 
 def visible_on(host: ResolvedHost, settings: EngineSettings) -> VisibleGpus:
