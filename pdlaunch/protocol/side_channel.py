@@ -13,7 +13,7 @@ from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.transfer import LeaseEnd
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -61,13 +61,10 @@ class Geometry(Message, tag=False):
 
 class Handshake(Message):
     call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]  # id of the decode engine; each incarnation has its own
-    rank_name: Annotated[str, _IS_ID]
-    incarnation: int
     # The prefill engine's id in the registry; the answer must have the same id.
-    expected_engine_id: Annotated[EngineId, _IS_ID]
-    compatibility: Compatibility
-    agent_metadata: bytes
+    engine_id: Annotated[EngineId, _IS_ID]
+    rank_name: Annotated[str, _IS_ID]  # of the decode rank, which compares both sides
+    incarnation: int
 
 
 class HandshakeReply(Message):

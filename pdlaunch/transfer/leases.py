@@ -304,9 +304,9 @@ class PrefillSide:
         """Return the answer, or None: PullEnd has no answer, and a Push is answered at its end.
         Raises LeaseError, TransferError.
         """
-        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
-        if asked != self.card.engine_id:
-            raise LeaseError(f"this rank belongs to engine_id {self.card.engine_id}, not {asked}")
+        own, asked = self.card.engine_id, message.engine_id
+        if asked != own:
+            raise LeaseError(f"this rank belongs to engine_id {own}, not {asked}")
         call_id = message.call_id
         match message:
             case Handshake():

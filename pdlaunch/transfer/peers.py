@@ -205,12 +205,9 @@ class Peer:
         self.channel = setup.open_channel(self.entry.address.side_channel)
         handshake = side_channel.Handshake(
             call_id=0,
-            engine_id=setup.identity.engine_id,
+            engine_id=self.entry.engine_id,
             rank_name=setup.identity.name,
             incarnation=setup.identity.incarnation,
-            expected_engine_id=self.entry.engine_id,
-            compatibility=setup.compatibility,
-            agent_metadata=setup.connector.agent_metadata(),
         )
         self.ask(handshake, lambda reply: self._guard(lambda: self._on_handshake_reply(reply)))
 
