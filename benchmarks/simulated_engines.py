@@ -15,9 +15,8 @@ from typing import Any
 
 import zmq
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
-from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import (
     Address,
     Alive,
@@ -165,7 +164,7 @@ def _page() -> bytes:
 
     registry = CollectorRegistry()
     ServerMetrics(registry, engine="simulated", role="decode", model_name="simulated")
-    return render_metrics(registry)
+    return generate_latest(registry)
 
 
 async def _lines() -> asyncio.StreamReader:

@@ -3,7 +3,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from pdlaunch.observe.counters import COUNTERS
 from pdlaunch.observe.metrics import (
@@ -11,7 +11,6 @@ from pdlaunch.observe.metrics import (
     INTER_TOKEN_BUCKETS_S,
     RequestClock,
     RequestMetrics,
-    render_metrics,
 )
 from pdlaunch.transfer.proof import LATE, UNPROVEN
 from tests.test_budgets import PACKAGE
@@ -34,7 +33,7 @@ def test_requests_are_counted_by_reason_and_status() -> None:
     metrics.failed(429)
     assert value(registry, "request_success_total", finished_reason="stop") == 2
     assert value(registry, "request_errors_total", status="429") == 1
-    assert b"_created" not in render_metrics(registry)
+    assert b"_created" not in generate_latest(registry)
 
 
 gaps = st.floats(0, 5) | st.sampled_from(INTER_TOKEN_BUCKETS_S)
@@ -58,7 +57,7 @@ def test_tokens_are_counted_as_the_library_would(gaps_s: list[float]) -> None:
         metrics.sent(1, gap_s)
         gap.observe(gap_s)
         tokens.inc()
-    assert render_metrics(usual) in render_metrics(registry)
+    assert generate_latest(usual) in generate_latest(registry)
     (found,) = registry.restricted_registry(["pdlaunch_generation_tokens_total"]).collect()
     assert [sample.value for sample in found.samples] == [len(gaps_s)]
 

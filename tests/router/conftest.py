@@ -10,10 +10,10 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from prometheus_client import generate_latest
 
 from pdlaunch.config.http_names import local_url
 from pdlaunch.http.connections import HttpRunner
-from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Command, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import ClientKey, RouterSpec
 from pdlaunch.router.admin import SupervisorLink
@@ -148,7 +148,7 @@ class Stand:
         """The sum of all series whose line begins so, with a whole name."""
         # Tests ask until it changes: with all metrics, asking takes longer than what they wait for.
         family = self.metrics._registry.restricted_registry([name.partition("{")[0]])
-        lines = render_metrics(family).decode().splitlines()
+        lines = generate_latest(family).decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     def die_after(self, engine: FakeEngine, num_chunks: int, *, num_told: int) -> None:

@@ -11,13 +11,12 @@ from typing import Any, NoReturn
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
-from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Withheld
 
 EOS = 0
@@ -371,7 +370,7 @@ class FakeEngine:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         await self.tells_metrics.wait()
-        page = self.metrics_page or render_metrics(self.metrics.registry).decode()
+        page = self.metrics_page or generate_latest(self.metrics.registry).decode()
         return web.Response(text=page)
 
     async def _release(self, request: web.Request) -> web.Response:

@@ -4,11 +4,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from pdlaunch import __version__
 from pdlaunch.engine.server.engine_service import ServerMetrics
-from pdlaunch.observe.metrics import RequestClock, render_metrics
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.control import Entry, Registry
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
@@ -174,7 +174,7 @@ def test_the_time_in_which_an_engine_computes_prompts() -> None:
 def test_every_word_is_on_the_page_of_a_native_engine() -> None:
     """A metric that gets another name would else be missing without a word."""
     metrics = ServerMetrics(CollectorRegistry(), engine="e", role="decode", model_name="m")
-    found = scan(render_metrics(metrics.registry).decode())
+    found = scan(generate_latest(metrics.registry).decode())
     assert set(found) == set(NAMES.values())
 
 
