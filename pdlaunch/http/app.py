@@ -188,7 +188,7 @@ class HttpApp:
             finally:
                 if end is not None:
                     end(status, told)
-                told = None  # Its traceback refers to this frame: the cycle would keep the body.
+                told = id_error = None  # Tracebacks refer to this frame: cycles would keep bodies.
                 http.pop(STREAM, None)  # It refers to the request: another cycle.
         # A stream has already sent its headers, including the id.
         if not response.prepared:

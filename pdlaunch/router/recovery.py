@@ -57,8 +57,8 @@ class Attempts:
         is_refused = isinstance(self.failure, EngineRefusal) and not has_tokens
         is_lost = isinstance(self.failure, EngineFailure) and not self.failure.may_return
         if left_s <= 0 or is_refused or is_lost:
-            none_left = unavailable("no engine can continue this request", "no_engine_ready")
-            raise self.failure or none_left
+            message = "no engine can continue this request"
+            raise self.failure or unavailable(message, "no_engine_ready")
         return min(left_s, max(0.0, self._retry_at - now)) if self.tried else left_s
 
     def waited(self, now: float) -> None:

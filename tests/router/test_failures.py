@@ -11,11 +11,13 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from pdlaunch.errors import OverloadedError
 from pdlaunch.http.headers import ORIGIN_HEADER, read_origin
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.protocol.control import Suspects
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import OPEN_S
+from pdlaunch.router.recovery import Attempts, RecoverySettings
 from pdlaunch.router.state import LOST_S
 from tests.clock import FakeClock
 from tests.http.loop_clock import pass_time
@@ -443,6 +445,9 @@ async def test_a_body_that_engines_refuse_is_freed_without_the_collector(stand: 
     gc.disable()
     try:
         assert (await stand.post(completion())).status == 400
-        assert not any(isinstance(each, PromptRequest) for each in gc.get_objects())
+        with pytest.raises(OverloadedError):
+            Attempts(RecoverySettings(wait_s=0.0)).wait_s(1.0, has_tokens=False)
+        kinds = (PromptRequest, Attempts)
+        assert not any(isinstance(each, kinds) for each in gc.get_objects())
     finally:
         gc.enable()
