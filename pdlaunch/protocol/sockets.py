@@ -21,7 +21,7 @@ class LaunchKeys(msgspec.Struct, frozen=True):
 
     public: str
     secret: str
-    http_token: str = ""
+    http_token: str
     certificate: str | None = None
 
     def __repr__(self) -> str:

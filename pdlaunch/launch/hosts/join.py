@@ -53,7 +53,7 @@ def new_join_keys(port: int = 0) -> JoinKeys:
 def new_keys() -> LaunchKeys:
     """Generate a CURVE key pair."""
     public, secret = zmq.curve_keypair()
-    return LaunchKeys(public.decode(), secret.decode())
+    return LaunchKeys(public.decode(), secret.decode(), http_token="")
 
 
 @contextlib.contextmanager
