@@ -144,7 +144,9 @@ def variables(folder: Path) -> dict[str, str]:
     spec = {"bind_address": "", "advertise_address": "", "kv_transfer": "{}", "by_head": False}
     told = {"name": "decode-0", "incarnation": 1, "control": "", "log_level": "info"}
     told |= {"connector": {"role": "decode", "engine_id": "e", **spec}, "run_dir": str(folder)}
-    bootstrap = msgspec.convert(told | {"keys": {"public": "", "secret": ""}}, Bootstrap)
+    bootstrap = msgspec.convert(
+        told | {"keys": dict.fromkeys(("public", "secret", "http_token"), "")}, Bootstrap
+    )
     return connector_environment(bootstrap, "ipc:///link", {})
 
 
