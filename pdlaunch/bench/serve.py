@@ -346,7 +346,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
 
 
 def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Random) -> BenchLoad:
-    """Return the load of a trace, sent at the times of the trace."""
+    """Turn a trace into a load: its requests, each with the time at which to send it."""
     limit = max_model_len or math.inf
     fitting = [each for each in options.trace if each.input_length + each.output_length <= limit]
     if not fitting:
@@ -369,7 +369,7 @@ def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Ra
 def trace_prompt(
     request: TraceRequest, token_ids: range, own_seed: str, seed: int | str
 ) -> list[int]:
-    """Return token ids: hashed blocks depend on hash and ``seed``, the rest on ``own_seed``."""
+    """Draw the prompt's token ids; blocks with the same hash get the same tokens."""
     tokens: list[int] = []
     for hash_id in request.hash_ids[: -(-request.input_length // HASHED_TOKENS)]:
         tokens += random.Random(f"{seed}/hash {hash_id}").choices(token_ids, k=HASHED_TOKENS)

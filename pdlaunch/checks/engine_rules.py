@@ -159,7 +159,7 @@ def _own_variables(context: Context) -> Iterator[Found]:
 
 
 def _stock_pairs(context: Context) -> list[Pair]:
-    """Return the prefill and decode engines of pairs that use vLLM's own connector."""
+    """Return pairs of vLLM engines with vLLM's own connector; none with pdlaunch's connector."""
     return context.vllm_pairs() if context.kv_transfer.is_stock else []
 
 

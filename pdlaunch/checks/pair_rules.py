@@ -105,7 +105,7 @@ def _slow_pairs(context: Context) -> Iterator[Found]:
 
 
 def _causes(context: Context, pair: PairTransport) -> Iterator[str]:
-    """Yield the causes of a slow pair."""
+    """Yield possible reasons why this pair is slow."""
     over_nixl, speed = pair.path.startswith("nixl"), pair.gigabytes_per_s or 0.0
     if EMULATION in pair.path:
         yield "UCX has no direct path to this memory and reads it by messages"

@@ -1,4 +1,4 @@
-"""Defines a rule: a row with a fault, its place, its reason and its fix; and what rules read.
+"""Defines rules and what they read. A rule is a row: fault, reason, place and fix.
 
 ::
 
@@ -94,7 +94,7 @@ class Context:
         return (self.probes.engine_commands or {}).get(role, {})
 
     def uses(self, connector: str) -> bool:
-        """Return True if KV blocks go from prefill to decode over this connector."""
+        """Return True if the launch has a pair and uses this connector."""
         return self.pair is not None and self.kv_transfer.connector == connector
 
     @property

@@ -100,8 +100,8 @@ def status(
 def deployment_view(
     found: DeploymentStatus, width: int, room: int | None = None
 ) -> Iterator[RenderableType]:
-    """Yield the status of a deployment as text, for a ``width`` in characters and at most ``room``
-    lines. Tables omit what does not fit, and say how many rows they omit.
+    """Yield the status as text that fits ``width`` characters and ``room`` lines. Tables leave out
+    rows that do not fit, and say how many.
     """
 
     def line(text: str, style: str = "") -> Text:

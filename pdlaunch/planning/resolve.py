@@ -107,8 +107,8 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """Return the model's name in the API: as set, or its alias or name on the hub, or that of
-        its folder or .gguf file; empty without engines.
+        """Return the model's name in the API: the configured name, else its alias or hub name, else
+        the name of its folder or .gguf file. Empty if the launch has no engines.
         """
         engines = next(iter(self.roles.values()), None)
         if engines is None:

@@ -139,7 +139,7 @@ class SourceRank:
 
 
 def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
-    """Return the global indices of the KV heads that a rank holds. Raises HandshakeError."""
+    """Return which of the model's KV heads a rank holds. Raises HandshakeError."""
     if tp_size <= num_kv_heads and num_kv_heads % tp_size == 0:
         share = num_kv_heads // tp_size
         return range(tp_rank * share, (tp_rank + 1) * share)

@@ -167,8 +167,8 @@ class ModelShape:
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
-    """Read ``config.json`` and ``generation_config.json`` of a directory. Raises ConfigError, and
-    UnsupportedModelError for a model that native engines cannot serve.
+    """Read a model's shape from ``config.json`` and ``generation_config.json``. Raises ConfigError,
+    or UnsupportedModelError if native engines cannot serve the model.
     """
     directory = Path(model_dir)
     outer = read_json(directory / "config.json")

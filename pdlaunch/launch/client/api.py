@@ -224,7 +224,7 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def read_status(api: Api) -> DeploymentStatus:
-    """Return the status of the deployment. Raises PdlaunchError."""
+    """Ask the router for the deployment's status. Raises PdlaunchError."""
     return _read(api, "/pdlaunch/status", DeploymentStatus)
 
 
